@@ -138,10 +138,8 @@ class MixtureMarginals(BaseDensity):
         if self.class_log_weights is None:
             return None
         parts = self.parts.log_prob_levels(self.rotation(x.double()))
-        # No weight is near 0, so one exponential, with the largest component taken out, serves all classes.
-        parts = (parts - parts.detach().amax(0)).exp()
-        weights = torch.cat([self.class_log_weights, self.log_weights[None]]).exp()
-        *by_class, common = torch.einsum("kbt,yk->ybt", parts, weights).log()
+        weights = (*self.class_log_weights, self.log_weights)
+        *by_class, common = [(parts + own[:, None, None]).logsumexp(0) for own in weights]
         return torch.stack([values - common for values in by_class], 1)
 
     def _shares(self, z: Tensor, t: Level) -> Tensor:
