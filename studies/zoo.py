@@ -11,7 +11,7 @@ from typing import Any
 from torchcdm.apps.report import write_report
 from torchcdm.bridges.hub import model_card
 from torchcdm.errors import UserError
-from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
+from torchcdm.likelihood.log_z import read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import write_file
 from torchcdm.training.checkpoint import load, read_info, save_model
 from torchcdm.training.config_files import make_config, preset_fields

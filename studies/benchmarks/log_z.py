@@ -19,8 +19,7 @@ import torch
 
 from studies.benchmarks.files import write_named
 from torchcdm.likelihood import Scoring, log_normalizer
-from torchcdm.likelihood.known import TRAINING
-from torchcdm.likelihood.log_z import REPLICAS, SWEEPS
+from torchcdm.likelihood.log_z import REPLICAS, SWEEPS, TRAINING
 from torchcdm.likelihood.restricted import restricted_pass
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info

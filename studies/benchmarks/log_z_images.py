@@ -27,7 +27,7 @@ from torchcdm.annealing.target import ModelTarget
 from torchcdm.data.source import DataSource
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZ, Scoring, elbo, probability_flow
-from torchcdm.likelihood.known import read_log_z
+from torchcdm.likelihood.log_z import read_log_z
 from torchcdm.likelihood.restricted import restricted_pass
 from torchcdm.models.density import DensityModel
 from torchcdm.training.build import load_source

@@ -15,7 +15,7 @@ import torchcdm
 from torchcdm.bridges.hub import model_card, push
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZ
-from torchcdm.likelihood.known import weights_of, write_log_z
+from torchcdm.likelihood.log_z import weights_of, write_log_z
 from torchcdm.zoo import located
 
 pytest.importorskip("huggingface_hub")
@@ -102,7 +102,7 @@ def test_log_z_goes_with_its_weights_and_comes_back(tmp_path):
     torchcdm.load("zoo:digits").save(other)  # log Z of the weights that were there before
     with HubServer() as hub:
         code = (
-            "from torchcdm.bridges.hub import push; from torchcdm.likelihood.known import read_log_z\n"
+            "from torchcdm.bridges.hub import push; from torchcdm.likelihood.log_z import read_log_z\n"
             f"from torchcdm.zoo import located; push({str(run)!r}, 'me/z'); push({str(other)!r}, 'me/other')\n"
             "print(read_log_z(located('hub:me/z')).value)"
         )

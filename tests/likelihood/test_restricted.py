@@ -11,7 +11,7 @@ from torchcdm.annealing.target import DISTANCE, Fence
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, log_normalizer, report, single_pass
-from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
+from torchcdm.likelihood.log_z import read_log_z, weights_of, write_log_z
 from torchcdm.likelihood.restricted import COVER, evaluated, measured_steps, restricted_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.artefact import write_artefact

@@ -13,7 +13,7 @@ import torchcdm
 from torchcdm.cli import main
 from torchcdm.data import load_data
 from torchcdm.errors import UserError
-from torchcdm.likelihood.known import read_log_z
+from torchcdm.likelihood.log_z import read_log_z
 from torchcdm.zoo import HOME, about, located, names
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchcdm.errors import UserError, needed, reason
-from torchcdm.likelihood.known import read_log_z, weights_of, write_log_z
+from torchcdm.likelihood.log_z import read_log_z, weights_of, write_log_z
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_file

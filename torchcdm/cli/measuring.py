@@ -14,7 +14,7 @@ from torchcdm.cli.arguments import given, tell
 from torchcdm.data import check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
-from torchcdm.likelihood.known import TRAINING, read_log_z, weights_of, write_log_z
+from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.training.checkpoint import load
