@@ -72,7 +72,7 @@ def test_moment_matching_gives_the_exact_posterior_mean_of_a_gaussian() -> None:
     denoiser, x_t = AzulaDenoiser(model), normal(5, 4, seed=7)
     guided = mmps.MMPSDenoiser(denoiser, y, lambda x: x @ A.T, IsotropicCovariance(noise), iterations=4)
     # x_0 | x_t and then x_0 | x_t, y, by the formulas of Gaussians.
-    (alpha, sigma), base = denoiser.schedule(t), model.gaussian
+    (alpha, sigma), base = denoiser.schedule(t), model.base.gaussian
     prior = base.rotation.matrix * base.variances @ base.rotation.matrix.T
     cov = torch.linalg.inv(torch.linalg.inv(prior) + torch.eye(4) * alpha**2 / sigma**2)
     mean = (torch.linalg.solve(prior, base.mean) + alpha / sigma**2 * x_t) @ cov

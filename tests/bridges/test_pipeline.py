@@ -55,9 +55,9 @@ def test_pipelines_draw_with_the_moments_of_the_data(kind: str, schedule) -> Non
     pipeline.set_progress_bar_config(disable=True)
     x = pipeline(1000, rng(), num_inference_steps=100, output_type="pt").images
     z = model.transform(x.double())
-    mean, variances = model.gaussian.moments(0)
+    mean, variances = model.base.gaussian.moments(0)
     torch.testing.assert_close(z.mean(0), mean, atol=0.06, rtol=0)
-    found = model.gaussian.rotation(z - mean).square().mean(0)
+    found = model.base.gaussian.rotation(z - mean).square().mean(0)
     torch.testing.assert_close(found, variances, atol=0.01, rtol=0.2)
 
 

@@ -204,8 +204,9 @@ class Fenced(Target):
 
 def reference_gaussian(denoiser: Denoiser) -> GaussianMarginals:
     """The denoiser's own Gaussian marginals, or those of standard normal data; UserError for an unknown shape."""
-    if denoiser.gaussian is not None:
-        return denoiser.gaussian
+    fitted = None if denoiser.base is None else denoiser.base.gaussian
+    if fitted is not None:
+        return fitted
     if denoiser.shape is None:
         raise UserError("the event shape is not known: give the model a DataTransform")
     return round_gaussian(denoiser.schedule, denoiser.shape)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import torchcdm
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.moments import Moments
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
@@ -79,11 +78,6 @@ class Denoiser(nn.Module, ABC):
     def density(self) -> DensityModel | None:
         """This model as a density; None where it has none in closed form."""
         return None
-
-    @property
-    def gaussian(self) -> GaussianMarginals | None:
-        """The Gaussian fitted to the data, at every level; None where there is none."""
-        return None if self.base is None else self.base.gaussian
 
     def check_inputs(self, x_t: Tensor, t: Level = 0, y: Tensor | None = None, data: bool = False) -> Tensor | None:
         """The labels of ``x_t``, once that, levels and labels are checked, on a GPU too: for public calls.
