@@ -1,8 +1,8 @@
 # Two commands set everything up on a fresh machine with Python (3.10 or newer) and make:
 #   make demo    train on the embedded handwritten digits, sample, measure; ends in runs/demo
 #   make test    the test suite
-# Beyond them: make test-slow (kills, compiled training, every case of the fuzz suite), make test-extras (adapters and peers,
-# oldest torch), make docs, make lint.
+# Beyond them: make test-slow (kills, compiled training, long experiments, every case of the fuzz suite), make
+# test-extras (adapters and peers, oldest torch), make docs, make lint.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

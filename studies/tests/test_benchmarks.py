@@ -221,6 +221,7 @@ def test_table_density_scores_all_contenders_on_the_same_rows(rows_of):
     assert finite((rows[name] for name in peers), "validation")
 
 
+@pytest.mark.slow
 def test_table_density_gives_the_cdm_the_budget_of_the_others(rows_of, monkeypatch):
     looks = itertools.count()  # each takes a hundredth of a second
     monkeypatch.setitem(CLOCKS, "processor", lambda: next(looks) / 100)
@@ -274,6 +275,7 @@ def test_the_classifier_of_conditional_density_tells_samples_apart():
     assert conditional_density.c2st(x, y) < 0.75
 
 
+@pytest.mark.slow
 def test_mutual_information_climbs_the_rungs(report_of):
     words = ["--rungs", "20", "--residual", "on", "off", "--kinds", "rotated", "bent", "--rows", "200", "--test", "50",
              "--steps", "3", "--pairs", "60"]  # fmt: skip
@@ -402,6 +404,7 @@ def test_bounds_on_images_by_a_log_z_that_was_measured(monkeypatch):
     assert "`few-pass-restricted`" in likelihoods.log_z_images_rows("gaussian")
 
 
+@pytest.mark.slow
 def test_intervals_of_an_exact_mixture_hold_what_they_say_and_rows_are_kept(tmp_path):
     asked = "mixture", "upper"
     rows = measure(*asked, 40, 64, 0.5, ["particles"], parts=tmp_path)

@@ -129,6 +129,7 @@ class Heavier(nn.Module):
         return h + self.mass * (torch.arange(h.shape[1]) < h.shape[1] - 1)
 
 
+@pytest.mark.slow
 def test_one_pass_of_a_density_with_too_much_mass_is_normalised():
     mixture, schedule, mass = ring_mixture(4), UniformSigmaSchedule(12), 0.7
     backbone = Heavier(MixtureClassifier(mixture, schedule), mass)

@@ -112,9 +112,10 @@ def test_detectors_are_scored_on_rows_that_they_did_not_see(report_of, monkeypat
 
 
 def test_several_observations_and_rounds_are_measured(fake_sbibm, monkeypatch):
-    quick = {"steps": 2, "width": 8, "depth": 1, "components": 1, "device": "cpu", "random_state": 0}
+    few = {"steps": 2, "width": 8, "overrides": {"model": {"schedule": {"T": 10}}}}
+    quick = few | {"depth": 1, "components": 1, "device": "cpu", "random_state": 0}
     monkeypatch.setattr(posterior_uses, "fitted", lambda theta, x, *_: CDMConditional(**quick).fit(theta, x))
-    monkeypatch.setattr(posterior_uses, "CDMDensity", partial(posterior_uses.CDMDensity, steps=2, width=8))
+    monkeypatch.setattr(posterior_uses, "CDMDensity", partial(posterior_uses.CDMDensity, **few))
     for name, value in {"PAIRS": 100, "DRAWS": 20, "SIDE": 50, "PASSES": 1, "PROPOSED": 200}.items():
         monkeypatch.setattr(posterior_uses, name, value)
     rows = []

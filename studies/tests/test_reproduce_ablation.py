@@ -147,6 +147,7 @@ def short(monkeypatch):
     monkeypatch.setitem(models.SETTINGS, "smoke", replace(setting, steps=dict.fromkeys(setting.steps, 2), test=20))
 
 
+@pytest.mark.slow
 def test_smoke_of_all_shares_its_models(tmp_path, short, capsys):
     for name in ("table1", "fig3", "fig4", "fig5", "fig8", "fig9"):
         assert main(["reproduce", name, "--steps", "3", "--samples", "4", "--out", str(tmp_path), "--quiet"]) == 0

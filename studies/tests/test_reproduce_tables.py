@@ -115,6 +115,7 @@ def test_a_seed_is_that_of_trainings_and_samples(tmp_path, short, capsys):
     assert "--seed is -1; it must not be negative" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_reported_without_making_the_rest(tmp_path, short, monkeypatch, capsys):
     command = ["reproduce", "table2", "--scale", "smoke", "--out", str(tmp_path), "--quiet", "--device", "cpu"]
     assert main([*command, "--finished"]) == 2
@@ -259,6 +260,7 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_the_published_setting_of_table_2_runs_on_both_data_sets(published, capsys):
     content = run("table2", published, "paper")
     titles = [table["title"] for table in content["tables"]]

@@ -128,7 +128,7 @@ def test_a_difference_in_one_column_is_found_and_named():
     assert again.p_value == found.p_value and again.columns == found.columns
 
 
-@pytest.mark.parametrize(("rows", "tests"), [(60, 60), (400, 30)])
+@pytest.mark.parametrize(("rows", "tests"), [(60, 60), pytest.param(400, 30, marks=pytest.mark.slow)])
 def test_p_values_of_one_source_are_uniform(rows, tests):
     draw = np.random.RandomState(1)
     sides = ((draw.normal(size=(rows // 3, 3)).round(1), draw.normal(size=(rows, 3)).round(1)) for _ in range(tests))

@@ -35,6 +35,7 @@ def test_a_tail_of_one_in_a_hundred_thousand():
     assert found.believe and "evaluations" in str(found)
 
 
+@pytest.mark.slow
 def test_the_interval_covers():
     """Nearly always: 95 % of 12."""
     truth = beyond(3.0)

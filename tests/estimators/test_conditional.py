@@ -133,6 +133,7 @@ def test_errors_at_rows_left_out_are_those_at_new_rows(curved):
     assert bool(found.coefficients.any()) == curved
 
 
+@pytest.mark.slow
 def test_training_learns_what_no_regression_knows():
     # theta | x ~ N(x_1², (0.2 + |x_2|)²): its width is not the same at all x.
     def simulate(n, seed):

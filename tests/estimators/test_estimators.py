@@ -27,10 +27,14 @@ TINY = {
 }  # fmt: skip
 
 
-@parametrize_with_checks(
-    [CDMDensity(**TINY), CDMOutlierDetector(**TINY), CDMOutlierDetector(**TINY, contamination=0.1)]
-)
+@parametrize_with_checks([CDMDensity(**TINY), CDMOutlierDetector(**TINY)])
 def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([CDMOutlierDetector(**TINY, contamination=0.1)])
+def test_scikit_learn_checks_of_detectors_that_leave_rows_out(estimator, check):
     check(estimator)
 
 
@@ -322,7 +326,7 @@ def test_verbose_shows_the_notes(capsys):
 # --- outliers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ["log_prob", "levels"])
+@pytest.mark.parametrize("score", [pytest.param("log_prob", marks=pytest.mark.slow), "levels"])
 def test_outliers_are_found_and_held_out_rows_set_the_threshold(score):
     draw = np.random.RandomState(0)
     angle = draw.uniform(0, 2 * np.pi, 1500)

@@ -105,12 +105,13 @@ def test_tables(cdm, components):
 def test_estimators_and_ratios(any_device):
     with pretended_device() as device:
         options = {"random_state": 0, "device": str(device), "steps": 6}
-        small = options | {"width": 16, "depth": 1}
+        few = {"schedule": {"T": 8}}
+        small = options | {"width": 16, "depth": 1, "overrides": {"model": few}}
         density = CDMDensity(**small).fit(TABLE)
         assert density.score_samples(TABLE[:5]).shape == (5,) and density.sample(3).shape == (3, 3)
         assert density.set_params(likelihood="flow").score_samples(TABLE[:5]).shape == (5,)
         assert set(CDMOutlierDetector(**small).fit(TABLE).predict(TABLE[:9])) <= {-1, 1}
         theta, x = TABLE[:, :1], TABLE[:, 1:]
         assert CDMConditional(**small).fit(theta, x).log_prob(theta[:4], x[:4]).shape == (4,)
-        ratio = DensityRatio(**options).fit(TABLE, TABLE + 0.2)
+        ratio = DensityRatio(**options, model=few).fit(TABLE, TABLE + 0.2)
         assert ratio.log_ratio(TABLE[:5]).shape == (5,)

@@ -59,7 +59,8 @@ class Processes:
 
     def end(self) -> None:
         """Ends the group, with its threads: these would abort an interpreter that is taken down while they work."""
-        self.accelerator.free_memory()  # wrapped modules hold the group
+        if self.world > 1:
+            self.accelerator.free_memory()  # wrapped modules hold the group; it collects garbage, which takes a while
         self.accelerator.end_training()
 
     def largest(self, *values: int) -> tuple[int, ...]:
