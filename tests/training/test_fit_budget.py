@@ -1,5 +1,7 @@
 """The preset for images scales itself to the images and the time."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -86,11 +88,23 @@ def test_fit_within_a_time_ends_in_it_and_says_what_it_chose(capsys):
     assert model.log_prob(pixels[:3].float()).isfinite().all()
 
 
-def test_a_scaled_run_goes_on_within_its_own_time_alone(tmp_path, capsys):
+def test_a_scaled_run_goes_on_as_it_was_scaled_within_the_time_that_is_given(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (40, 6, 6), dtype=np.uint8))
-    words = ["train", "encoder", "--data", f"array:{tmp_path / 'x.npy'}", "--out", str(tmp_path / "run")]
-    words += ["--device", "cpu", "--no-report", "--quiet", "--resume"]
+    run = ["--out", str(tmp_path / "run"), "--device", "cpu", "--no-report", "--resume", "--sampling.n", "0"]
+    words = ["train", "encoder", "--data", f"array:{tmp_path / 'x.npy'}", *run]
+
+    def goes_on(words, seconds, steps=0):
+        """Whether a resume takes so many ``steps``, and what it says where there is no time for any."""
+        before = json.loads((tmp_path / "run" / "report.json").read_text())["steps"]
+        capsys.readouterr()
+        assert main([*words, "--train.steps", str(before + (steps or 5))]) == 0
+        told = capsys.readouterr().out
+        assert ("no step is left to take: its" in told and "give more by --budget" in told) == (not steps)
+        assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == before + steps
+        assert file_fields(tmp_path / "run" / "config.yaml")["train"]["max_seconds"] == pytest.approx(seconds)
+
     assert main([*words, "--budget", "2s"]) == 0
-    assert main([*words, "--budget", "9m"]) == 2
-    assert "was trained with train.max_seconds = 1.6, not 432.0; resume with the same" in capsys.readouterr().err
-    assert main([*words, "--budget", "2s"]) == main(words) == 0
+    goes_on(["train", *run], 1.6)
+    # The time is one in all, of which training has its share, as at first.
+    goes_on([*words, "--budget", "9m"], 432.0, steps=2)
+    goes_on(["train", *run, "--budget", "10m"], 480.0, steps=1)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -334,3 +335,10 @@ def test_a_training_ends_with_its_time_and_the_cosine_with_it(tmp_path):
     assert rates == pytest.approx([config.train.lr * (1 + np.cos(np.pi * step / 8)) / 2 for step in range(8)])
     # The end is validated, like any end.
     assert "val_nll" in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    # With more time in all a resumed run goes on, at the rates of the longer training.
+    config = replace(config, train=replace(config.train, max_seconds=12))
+    ticks = iter(range(1000))
+    again = train(config, tmp_path / "run", resume=True, device="cpu", progress=False, clock=lambda: next(ticks))
+    assert again.step == 12 and again.seconds == 12
+    rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")[8:]]
+    assert rates == pytest.approx([config.train.lr * (1 + np.cos(np.pi * step / 12)) / 2 for step in range(8, 12)])

@@ -22,7 +22,7 @@ from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
-from torchcdm.training.fit import TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
+from torchcdm.training.fit import SCALED, TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
@@ -75,8 +75,9 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
     flags = [(SHORT[name][0], text) for name, text in texts.items()]
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     layers.append(flag_fields(flags + options.fields))
-    if scales(layers, options.budget) and saved.get("preset") == options.preset:
-        # What was scaled stays as it was: times differ from one measurement to the next. Another time is refused.
+    named = options.preset if layers[0] is not saved else saved.get("preset")
+    if saved.get("preset") == named == SCALED and scales([preset_fields(SCALED), *layers[1:]], options.budget):
+        # What was scaled stays as it was: times differ from one measurement to the next. Only the time may change.
         time = {} if options.budget is None else {"max_seconds": TRAINING_SHARE * seconds_of(options.budget)}
         layers[1:1] = saved, {"train": time}
     elif scales(layers, options.budget) and not several() and not run.holds_run():

@@ -319,7 +319,8 @@ def _way_out(folder: Path) -> Iterator[None]:
         raise UserError(f"{error}; {mend}") from None
 
 
-_TRAIN = "steps validate_every validation_samples patience fallback calibration log_every save_every sample_every init"
+_EVERY = "validate_every log_every save_every sample_every"
+_TRAIN = f"steps max_seconds {_EVERY} validation_samples patience fallback calibration init"
 FREE = ("preset", "sampling", "report", "data.workers", *(f"train.{name}" for name in _TRAIN.split()))
 """Fields that may differ from the run that is resumed; all others would make it another run."""
 

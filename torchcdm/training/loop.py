@@ -181,9 +181,13 @@ class Trainer:
             print(text)
 
     def _loop(self) -> None:
+        options = self.options
         if self._over():
+            if self.step < options.steps and self._share() >= 1:
+                spent = f"its {options.max_seconds:g} s, counted from the first step, are used up"
+                self.say(f"no step is left to take: {spent}; give more by --budget or --train.max_seconds")
             return
-        options, loss = self.options, self._wrapped()
+        loss = self._wrapped()
         began = self.clock() - self.seconds
         self.model.train()
         form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"

@@ -97,7 +97,8 @@ class TrainConfig:
 
     Attributes:
         steps: Optimiser steps.
-        max_seconds: End after so much time even so; the cosine is then zero at whichever end comes first.
+        max_seconds: End after so much time even so, that before a resume included; the cosine is then zero at
+            whichever end comes first.
         batch_size: Samples a step, all processes together.
         seed: Everything random in step k is a function of this and k.
         optimizer: ``adamw``, or ``muon``: Muon for the hidden layers, AdamW for the rest.
