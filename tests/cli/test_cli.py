@@ -325,6 +325,14 @@ def test_resume_of_a_run_needs_no_preset(capsys, tmp_path, run):
     assert "3 steps in" in out and "one-pass" in out
 
 
+def test_resume_by_the_name_of_a_preset_takes_the_data_of_the_run(tmp_path):
+    np.savetxt(tmp_path / "t.csv", np.random.default_rng(0).normal(size=(60, 2)), delimiter=",", header="a,b")
+    words = ["train", "mlp", "--out", str(tmp_path / "r"), "--device", "cpu", "--quiet", "--no-report", "--sampling.n"]
+    assert main([*words, "0", "--data", f"table:{tmp_path / 't.csv'}", "--steps", "2"]) == 0
+    assert main([*words, "0", "--resume", "--steps", "3"]) == 0
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["steps"] == 3
+
+
 def test_a_field_and_its_value_may_stand_anywhere(tmp_path, run):
     """The value of a field is no preset, with or without one before it."""
     fields = ["--train.steps", "2", "--sampling.n", "0", "--report.limit", "4", "--report.methods", "[single]"]

@@ -108,3 +108,4 @@ def test_a_scaled_run_goes_on_as_it_was_scaled_within_the_time_that_is_given(tmp
     # The time is one in all, of which training has its share, as at first.
     goes_on([*words, "--budget", "9m"], 432.0, steps=2)
     goes_on(["train", *run, "--budget", "10m"], 480.0, steps=1)
+    goes_on(["train", "encoder", *run], 480.0, steps=1)

@@ -76,10 +76,13 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
     flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
     layers.append(flag_fields(flags + options.fields))
     named = options.preset if layers[0] is not saved else saved.get("preset")
-    if saved.get("preset") == named == SCALED and scales([preset_fields(SCALED), *layers[1:]], options.budget):
+    if saved.get("preset") == named == SCALED:
         # What was scaled stays as it was: times differ from one measurement to the next. Only the time may change.
-        time = {} if options.budget is None else {"max_seconds": TRAINING_SHARE * seconds_of(options.budget)}
+        share = TRAINING_SHARE if scales([preset_fields(SCALED), *layers[1:]], options.budget) else 1.0
+        time = {} if options.budget is None else {"max_seconds": share * seconds_of(options.budget)}
         layers[1:1] = saved, {"train": time}
+    elif saved and saved.get("preset") == options.preset is not None:
+        layers.insert(1, {"data": saved.get("data", {})})
     elif scales(layers, options.budget) and not several() and not run.holds_run():
         source = load_source(make_config(*layers).data, progress)
     return with_budget(layers, source, options.budget, options.device, progress), source
