@@ -287,3 +287,12 @@ def test_folders_that_are_missing_empty_or_too_small(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
     assert "neither this nor any other of the 3 image files" in one_line(f"folder:{tmp_path}", skip_bad=True)
+
+
+def test_what_is_wrong_with_all_images_is_said(tmp_path):
+    write_folder(tmp_path, 12, (5, 7, 3))
+    told = one_line(f"folder:{tmp_path}", skip_bad=True, crop=(8, 8))
+    assert "011.png: has 5 x 7 pixels, 3 channel(s), 8 bit, smaller than the crop" in told and "skip-bad" not in told
+    for words in ({}, {"skip_bad": True}, {"crop": (4, 4)}):
+        told = one_line(f"folder:{tmp_path}", channels=2, **words)
+        assert "png: has 5 x 7 pixels, 3 channel(s), 8 bit, and cannot have 2 channels; grey, colour" in told

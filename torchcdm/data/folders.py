@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from torchcdm.data.images import SUFFIXES, ImageInfo, describe, read_image
+from torchcdm.data.images import IMAGE, SUFFIXES, ImageInfo, convertible, describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
@@ -115,13 +115,17 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
         try:
             info = describe(path)
             if options.crop is not None and min(info.size[0] - options.crop[0], info.size[1] - options.crop[1]) < 0:
-                raise UserError(f"{path}: has {info}, smaller than the crop; skip-bad leaves such files out")
+                raise UserError(f"{path}: has {info}, smaller than the crop{IMAGE[1]}")
+            if options.channels is not None and not convertible(info.channels, options.channels):
+                wanted = f"{options.channels} channels; grey, colour and alpha convert, to 1, 3 or 4 channels"
+                raise UserError(f"{path}: has {info}, and cannot have {wanted}")
             if options.skip_bad:
                 read_image(path, options.size, options.channels)
-        except UserError:
+        except UserError as error:
             if not options.skip_bad:
                 raise
             bad.append(path)
+            problem = str(error).removesuffix(IMAGE[1])
             continue
         good[path] = info
         other, first = next(iter(good.items()))
@@ -133,7 +137,8 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
         for mend in (mend for mend, wrong in mends.items() if wrong):
             raise UserError(f"images differ: {other} has {first}; {path} has {info}; {mend}")
     if not good:
-        raise UserError(f"{paths[0]}: neither this nor any other of the {len(paths)} image files can be read")
+        what = f"neither this nor any other of the {len(paths)} image files can be used"
+        raise UserError(f"{paths[0]}: {what}; of the last: {problem}")
     info = next(iter(good.values()))
     (height, width), channels = options.size or info.size, options.channels or info.channels
     notes = [f"{len(good)} images of {channels} channel(s), {height} x {width} pixels."]

@@ -124,6 +124,11 @@ def resize(image: Tensor, size: Size) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
+def convertible(have: int, channels: int) -> bool:
+    """Whether an image of so many channels can have so many others, see :func:`to_channels`."""
+    return have == channels or (have in (1, 2, 3, 4) and channels in (1, 3, 4))
+
+
 def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
     """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha; UserError for any other.
 
@@ -133,7 +138,7 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
     have = image.shape[0]
     if have == channels:
         return image
-    if have not in (1, 2, 3, 4) or channels not in (1, 3, 4):
+    if not convertible(have, channels):
         raise UserError(f"cannot convert {have} channels to {channels}: only grey, colour and alpha convert")
     value = image.float()
     if have in (2, 4):
