@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from small_runs import small_flags
 
 from torchcdm import load
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector
+from torchcdm.apps.anomaly.detector import trained_on
 from torchcdm.cli import main
-from torchcdm.data import load_data, save_images
+from torchcdm.data import DataOptions, load_data, save_images
 
 
 def train(folder, preset, *words):
@@ -122,6 +124,22 @@ def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     assert [row["input"].rpartition(": ")[2] for row in rows] == ["line 2", "line 3"]
     assert [row["flag"] for row in rows] == ["0", "1"]
+    told = score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "fresh.csv")
+    assert "calibrated on 100 held-out samples" in told and "warning" not in told
+    told = score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "good.csv")
+    assert "calibrated on 150 samples" in told and "warning: the model was trained on this reference" in told
+
+
+def test_splits_in_folders_of_their_own_are_held_out(tmp_path):
+    photos, digits = (
+        SimpleNamespace(info=SimpleNamespace(data=DataOptions(spec)))
+        for spec in (f"folder:{tmp_path}/photos", "digits")
+    )
+    for path in ("photos", "photos/train", "photos/a.png", "."):
+        assert trained_on(photos, ["new", tmp_path / path]), path
+    for path in ("photos/test/0.png", "photos/val", "else"):
+        assert not trained_on(photos, ["new", tmp_path / path]), path
+    assert not trained_on(digits, ["digits", "."])
 
 
 def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):

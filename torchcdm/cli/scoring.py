@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
-from torchcdm.apps.anomaly.detector import FalseAlarms
+from torchcdm.apps.anomaly.detector import FalseAlarms, trained_on
 from torchcdm.apps.anomaly.maps import save_maps
 from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
 from torchcdm.apps.explorer import Explorer, page, serve
@@ -78,6 +78,7 @@ def score(options: argparse.Namespace) -> None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     known = {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)}
     numbers = {"score": options.score, "fpr": fpr, "threshold": threshold, "reference": known}
+    numbers |= {"held_out": not trained_on(model, options.reference or ())}
     numbers |= {"count": len(scores), "flagged": sum(flags), "deviating": sum(deviating)}
     numbers |= {"scores": scores, "percentiles": percentiles, "flags": flags}
     tell(options.json, _summary(numbers, names), numbers)
@@ -124,8 +125,12 @@ def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
         lines.append(f"{'...':>12}{'':14}and {count - SHOWN} less anomalous ones")
     usual = f"{fpr * count:.3g} or fewer on average, a rate of {fpr:.3g}"
     lines.append(f"flagged {numbers['flagged']} of {count} (*); among normal inputs it would be {usual}")
-    calibrated = f"calibrated on {known['calibration']} held-out samples: {known['name']}"
+    samples = "held-out samples" if numbers["held_out"] else "samples"
+    calibrated = f"calibrated on {known['calibration']} {samples}: {known['name']}"
     lines.append(f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, {calibrated}")
+    if not numbers["held_out"]:
+        mend = "leave --reference out, or give other normal data"
+        lines.append(f"warning: the model was trained on this reference, so more will be flagged than that; {mend}")
     if numbers["deviating"]:
         lines.append(f"{numbers['deviating']} of them whatever their score: they hold what training never had")
     if numbers["score"] == "log_prob":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
 from torchcdm.data import MemorySplit
+from torchcdm.data.folders import SPLIT_NAMES
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
@@ -186,3 +188,13 @@ def normal_data(
     except UserError as error:
         raise UserError(f"{error}; or give normal data by --reference PATH") from None
     return split.tensors(limit)[0].float(), f"validation split of {source.name}"
+
+
+def trained_on(model: Denoiser, paths: Sequence[str | Path]) -> bool:
+    """Whether some of the files or folders are what a model of known data was trained on, part of that, or around it;
+    folders of that which are its validation and test splits are not."""
+    root = Path(os.path.realpath(str(model.info.data.spec).partition(":")[2] or os.devnull))
+    others = {(name,) for split in ("validation", "test") for name in SPLIT_NAMES[split]}
+    given = [Path(os.path.realpath(path)) for path in paths]
+    within = [path.relative_to(root).parts[:1] for path in given if path.is_relative_to(root)]
+    return any(part not in others for part in within) or any(root.is_relative_to(path) for path in given)
