@@ -109,6 +109,7 @@ def test_one_pass_and_flow_see_the_same_noise(vectors):
     assert not result.believe and "log Z was not estimated" in result.why
     assert result.to_json()["log2_z_per_dim"] is None
     assert [r.value for r in result.rows if r.name == "one-pass-normalized"] == [None]
+    assert "\none-pass-level " in result.table() and "one-pass-normalized" not in result.table()
 
 
 def test_the_spread_is_freed_of_the_probes(monkeypatch):

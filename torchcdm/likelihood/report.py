@@ -129,7 +129,7 @@ class NLLReport:
         }  # fmt: skip
 
     def table(self) -> str:
-        """The report as text."""
+        """The report as text, without rows that have no value."""
         what = "negative log-likelihood, lower is better"
         title = f"{self.name} {self.split}".strip() or "data"
         lines = [f"{title}: {self.count} samples of {self.dim} dimensions; {what}, {self.unit}", ""]
@@ -139,10 +139,11 @@ class NLLReport:
             if row.name == normalised and self.log_z is not None:
                 value = self.log_z.to_json()["value"]
                 lines.append(f"{'log2 Z / d':22}{value:>+10.4f}{'':23}  {self.log_z.reliability()}")
+            if row.value is None:
+                continue
             remark = (OF_CONTINUOUS if self.unit == "nats" else REMARKS)[row.name]
-            value = "-" if row.value is None else f"{row.value:.4f}"
             error = "-" if without_nan(row.se) is None else f"{row.se:.4f}"
-            lines.append(f"{row.name:22}{value:>10}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
+            lines.append(f"{row.name:22}{row.value:>10.4f}{error:>9}{row.nfe:>7}{row.level:>7}  {remark}")
         lines.append("")
         if self.gap is not None:
             mean = f"{self.gap.mean:+.4f} +- {self.gap.se:.4f} in the mean"
