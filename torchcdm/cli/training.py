@@ -40,8 +40,11 @@ def train(options: argparse.Namespace) -> int:
         took, limit = seconds_a_step(config, source, options.device), config.train.max_seconds or math.inf
         held = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
         what = f"{config.train.batch_size} samples" + (f", {held:.1f} GiB of GPU memory" if held else "")
-        total = f"{min(config.train.steps * took, limit) / 3600:.3g} h, validation, samples and report apart"
-        print(f"{took:.3g} s a step of {what}; the training takes {total}")
+        total = min(config.train.steps * took, limit)
+        sizes = {"days": 86400, "h": 3600, "min": 60, "s": 1}
+        unit = next(unit for unit, size in sizes.items() if total >= size or size == 1)
+        all_steps = f"{total / sizes[unit]:.3g} {unit}, validation, samples and report apart"
+        print(f"{took:.3g} s a step of {what}; the training takes {all_steps}")
         return 0
     try:
         result = trained(config, options.out, source, options.resume, options.device, progress)
