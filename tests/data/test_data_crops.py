@@ -78,6 +78,13 @@ def test_pictures_are_tiled_or_refused_and_never_resized_unsaid(folder):
     assert resized.x.shape == (1, 1, 16, 16) and "resized to 16 x 16, as in training" in resized.notes[0]
 
 
+def test_what_is_wrong_with_a_crop_is_said(folder):
+    with pytest.raises(UserError, match="give --crop or --size, not both"):
+        load_data(f"folder:{folder}", crop=(16, 16), size=(16, 16))
+    with pytest.raises(UserError, match=r"crop is for folders of images .*; digits is none"):
+        load_data("digits", crop=(4, 4), size=(8, 8))
+
+
 @pytest.fixture(scope="module")
 def model():
     x = torch.stack([picture((16, 16), seed) for seed in range(400)])[:, None]

@@ -125,8 +125,10 @@ def read_samples(options: DataOptions, like: DataTransform | None = None) -> Sam
     columns = [*([options.label] if options.label else []), *(options.columns or ()), *options.drop]
     if columns and kind not in ("table", "hf"):
         raise UserError(f"'{columns[0]}' names a column of a table; {spec} has no columns")
-    if options.crop is not None and (kind != "folder" or options.size is not None):
-        raise UserError("crop is for folders of images of any size (folder:PATH), which are not resized")
+    if options.crop is not None and kind != "folder":
+        raise UserError(f"crop is for folders of images of any size (folder:PATH); {spec} is none")
+    if options.crop is not None and options.size is not None:
+        raise UserError("crops are cut from images as they are; give --crop or --size, not both")
     return LOADERS[kind][0](argument, options, like)
 
 
