@@ -34,7 +34,7 @@ from small_runs import small_flags
         (["train", "encoder", "--out", "R", "--data", "folder:My photos #1"], "My photos #1"),
         (["train", "encoder", "--out", "R", "--data", "folder:a: b"], "a: b"),
         (["train", "encoder", "--out", "R", "--data", "null"], "null"),
-        (["train", "digits", "--out", "R", "--label", "1"], "label '1' names a column"),
+        (["train", "digits", "--out", "R", "--label", "1"], "'1' names a column of a table; digits has"),
         (["train", "digits", "--out", "R", "--init", "no #1"], "no #1"),
         (["train", "digits", "--out", "R", "--seed", "-1"], "train.seed is -1; it must be at least 0"),
         (["train", "digits", "--out", "R", "--model.schedule.T", "100000000000"], "it must be at most 100000"),

@@ -56,6 +56,8 @@ def test_a_label_needs_a_model_that_takes_classes(run, tmp_path, capsys):
     arguments = ["train", "table", "--data", f"table:{run.parent / 't.csv'}", "--out", str(tmp_path / "x"), "--quiet"]
     assert main([*arguments, "--label", "open"]) == 2
     assert "label 'open' names a column of classes, but this model takes none" in capsys.readouterr().err
+    assert main([*arguments, "--label", "opne"]) == 2
+    assert "no column 'opne'; did you mean 'open'" in capsys.readouterr().err
     with pytest.raises(UserError, match="names a column of classes"):
         torchcdm.fit(awkward(), "open", progress=False, steps=1)
 

@@ -84,13 +84,13 @@ def train(
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
-        if config.data.label is not None and config.model.labels == "none":
-            what = f"label '{config.data.label}' names a column of classes, but this model takes none"
-            raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
         if config.data.clusters is not None and config.model.labels == "none":
             raise UserError("data.clusters makes classes, but this model takes none; add --model.labels joint")
         if source is None:
             source = load_source(config.data, speaks)
+        if config.data.label is not None and config.model.labels == "none":
+            what = f"label '{config.data.label}' names a column of classes, but this model takes none"
+            raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
         if config.data.spec is None:
             config = replace(config, data=replace(config.data, spec=source.name))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
