@@ -50,7 +50,7 @@ def test_a_training_that_goes_wrong_keeps_its_start_and_says_so(tmp_path, capsys
     result = train(config, tmp_path / "run", device="cpu", progress=True)
     said = capsys.readouterr().out
     assert result.outcome["kept"] == "start" and result.outcome["problems"][0]["name"] == "worse than its start"
-    assert "worse than its start" in said and "the start is kept" in said and "--train.lr" in said
+    assert "worse than its start" in said and "the start is kept" in said and "try more steps, or half the lr" in said
     model, info = load(tmp_path / "run"), read_info(tmp_path / "run")
     assert info.selected["step"] == 0 and info.selected["best"] == pytest.approx(result.outcome["values"]["start"])
     x, _ = result.source.validation.tensors()

@@ -145,7 +145,7 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
     said += "; the start is kept as the model" if fallback else ""
     found: dict[str, tuple[str, str]] = {}
     if worse:
-        mend = less if by_heart else "try more --train.steps, or half the --train.lr"
+        mend = less if by_heart else "try more steps, or half the lr"
         found["worse than its start"] = said, mend
     elif by_heart:
         says = f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data"
