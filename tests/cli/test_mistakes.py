@@ -11,7 +11,8 @@ from small_runs import small_flags
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "invalid choice: 'trian'; did you mean 'train'? (choices: "),
+        (["scroe", "RUN", "x.png"], "invalid choice: 'scroe'; did you mean 'score'? (choices: "),
         ([], "the following arguments are required: COMMAND"),
         (["train", "digits"], "required: --out"),
         (["train", "digts", "--out", "R"], "unknown preset 'digts'; did you mean 'digits'"),
@@ -105,7 +106,7 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
         (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
         (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
         (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
-        (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'"),
+        (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'; choose from: all, array, grid"),
         (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number from 1"),
         (["sample", "RUN", "--n", 20 * "9", "--label", "balanced", "--out", "S"], "--n: '99999999999999999999' is no"),
         (["sample", "RUN", "--steps", 20 * "9", "--out", "S"], "--steps: '99999999999999999999' is no"),

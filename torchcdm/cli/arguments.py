@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.files import check_output, without_nan, write_json
 
 
@@ -21,6 +21,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        if found := re.fullmatch(r"(.*: invalid choice: '(.*)') \(choose from (.*)\)", message):
+            message = f"{found[1]}; {nearest(found[2], found[3].replace(chr(39), '').split(', '))}"
         raise UserError(f"{message}; see {self.prog} --help")
 
 
