@@ -7,7 +7,11 @@ from awkward_tables import awkward
 
 import torchcdm
 from torchcdm.cli import main
+from torchcdm.data import from_object, load_data
+from torchcdm.data.pairs import pair_up
 from torchcdm.errors import UserError
+from torchcdm.estimators import CDMDensity
+from torchcdm.estimators.base import data_frame
 from torchcdm.likelihood import report
 from torchcdm.models.cdm import ClassificationDiffusion
 
@@ -36,6 +40,25 @@ def test_frames_in_and_out(run):
     assert (drawn["rain"] == 0).mean() > 0.1 and np.issubdtype(drawn["day"].dtype, np.datetime64)
     assert drawn["power"].isna().mean() < 0.6 and bool(model.log_prob(drawn).isfinite().all())
     assert "one-pass" in str(report(model, frame, methods=["single"]))
+
+
+def test_the_row_counter_of_a_file_is_no_column(tmp_path):
+    frame = pd.DataFrame(np.random.RandomState(0).normal(size=(40, 2)), columns=["a", "b"]).sample(frac=1)
+    frame.to_csv(tmp_path / "idx.csv")
+    read = pd.read_csv(tmp_path / "idx.csv")
+    note = "the first column has no name and counts the rows: left out."
+    sources = [from_object(read), from_object(read, drop=["Unnamed: 0"]), load_data(f"table:{tmp_path / 'idx.csv'}")]
+    sources += [pair_up(read, frame).source, from_object(read, columns=["Unnamed: 0", "a"])]
+    assert [note in source.notes for source in sources] == [True, False, True, True, False]
+    names = [source.transform.table.names for source in sources if source.transform.table is not None]
+    assert names == [("a", "b")] * 3 + [("Unnamed: 0", "a")]
+    density = CDMDensity()
+    density.notes_ = []
+    assert density._describe(data_frame(read, "the table"), "the table").names == ("a", "b")
+    assert density.notes_ == [f"the table: {note}"]
+    # Neither other names nor other numbers are those of a counter.
+    for other in (read.rename(columns={"Unnamed: 0": "year"}), read.assign(**{"Unnamed: 0": read["a"]})):
+        assert len(from_object(other).transform.table.names) == 3
 
 
 def test_commands_take_the_same_tables(run, tmp_path, capsys):

@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, Discrete, spread
-from torchcdm.units.table import as_frame, is_frame
+from torchcdm.units.table import as_frame, is_frame, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -168,7 +168,7 @@ def read_side(
     import pandas as pd
 
     if is_frame(data):
-        return as_frame(data), None
+        return as_frame(data) if like is not None else without_counter(as_frame(data)), None
     if isinstance(data, (str, Path)):
         spec = spec_of(data)
         if spec.startswith("table:"):

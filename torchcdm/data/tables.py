@@ -18,6 +18,7 @@ from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit, Samples
 from torchcdm.errors import UserError, nearest, needed
 from torchcdm.units import DataTransform, TableEncoding
+from torchcdm.units.table import without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -66,10 +67,11 @@ def samples_of(
     that are no column of the table. UserError for columns that are not there, cells that cannot be read, all in one
     line, or nothing that varies.
     """
-    frames, notes = list(parts.values()), [note for part in parts.values() for note in part.attrs.get("notes", ())]
+    frames = list(parts.values())
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
         labels = np.concatenate([select(frame, [options.label], name).to_numpy() for frame in frames])[:, 0]
     frames = [chosen(frame, options, name) for frame in frames] if like is None else frames
+    notes = [note for frame in frames for note in frame.attrs.get("notes", ())]
     whole = joined(frames)
     if not len(whole) or not len(whole.columns):
         raise UserError(f"{name}: no columns of values, or no rows")
@@ -99,11 +101,13 @@ def joined(frames: Sequence[DataFrame]) -> DataFrame:
 
 
 def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
-    """The columns that the options ask for, without that of the label unless it is among them."""
+    """The columns that the options ask for, without that of the label, or one that counts the rows, unless these are
+    among them."""
     select(frame, options.drop, name)
     left_out = [*options.drop, *([] if options.columns else [options.label])]
     frame = select(frame, frame.columns if options.columns is None else options.columns, name)
-    return frame[[column for column in frame.columns if column not in left_out]]
+    frame = frame[[column for column in frame.columns if column not in left_out]]
+    return without_counter(frame) if options.columns is None else frame
 
 
 def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
@@ -146,13 +150,10 @@ def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[st
         problems.append(f"line {bad[0][0]} has {len(bad[0][1])} cells, the first line has {len(header)}{more}")
     index = pd.Index([number for number, _ in fitting], name="line", dtype=int)
     frame = pd.DataFrame([row for _, row in fitting], index, header, dtype=str)
-    if header[0] == "" and "" not in header[1:]:
-        numbers = pd.to_numeric(frame.iloc[:, 0], errors="coerce")
-        if (numbers % 1 == 0).all() and numbers.is_monotonic_increasing and numbers.is_unique:
-            frame, header = frame.iloc[:, 1:], header[1:]
-            notes.append("the first column has no name and counts the rows: left out.")
-    problems += [f"column {k + 1} has no name" for k, column in enumerate(header) if column == ""]
-    return frame, notes, problems
+    frame.attrs["notes"] = notes
+    frame = without_counter(frame) if header[0] == "" and "" not in header[1:] else frame
+    problems += [f"column {k + 1} has no name" for k, column in enumerate(frame.columns) if column == ""]
+    return frame, frame.attrs["notes"], problems
 
 
 def row_groups(path: Path) -> int:

@@ -42,7 +42,7 @@ from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded, as_frame, is_frame
+from torchcdm.units.table import Encoded, as_frame, is_frame, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -156,7 +156,7 @@ class TableEstimator(BaseEstimator):
             raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
             warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=3)
-        self._say(*(f"{name}: {note}" for note in notes))
+        self._say(*(f"{name}: {note}" for note in [*frame.attrs.get("notes", ()), *notes]))
         return table
 
     def _say(self, *notes: str) -> None:
@@ -365,7 +365,7 @@ def data_frame(
             table = pd.DataFrame(check(table, dtype=np.float64, ensure_min_samples=smallest))
         except OverflowError:
             raise UserError("the table has numbers beyond float64 (1.8e308)") from None
-    frame = as_frame(table)
+    frame = as_frame(table) if like is not None else without_counter(as_frame(table))
     if len(frame) < smallest:
         raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")
     names = None if like is None else [column.name for column in like.columns]

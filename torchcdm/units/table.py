@@ -41,6 +41,9 @@ FLOAT32_STEPS = 1000
 LARGEST = 1e150
 """Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
 
+COUNTER = ("", "Unnamed: 0")
+"""What a column without a name is called in a file, and by ``pandas.read_csv``."""
+
 SHOWN = 5
 """Problems, or levels, that a message names."""
 
@@ -288,6 +291,17 @@ def as_frame(data: Any) -> DataFrame:
     return data
 
 
+def without_counter(frame: DataFrame) -> DataFrame:
+    """A table to learn from without a first column that has no name, or the one that pandas gives such a column, and
+    another whole number in each row: what ``to_csv`` writes as the index. A note in ``attrs`` says so."""
+    counter = frame.columns[:1].isin(COUNTER).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
+    if counter and _numbers_rows(values_of(cells, "number")[0]):
+        note = "the first column has no name and counts the rows: left out."
+        frame = frame.iloc[:, 1:]
+        frame.attrs["notes"] = [*frame.attrs.get("notes", ()), note]
+    return frame
+
+
 def beyond_float32(x: np.ndarray) -> bool:
     """Whether the numbers (N,) vary so little beside their size that float32 resolves them badly."""
     return bool(x.std() < FLOAT32_STEPS * np.finfo(np.float32).eps * np.abs(x).max())
@@ -367,6 +381,11 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, exact, close)), None)
     found = {"values": few or tuple(frequent), "mixed": not few, "missing": missing, "cell": cell}
     return replace(column, **found, least=float(x.min()), offset=offset, decimals=decimals), notes
+
+
+def _numbers_rows(x: np.ndarray) -> bool:
+    """Whether numbers (N,) are whole, and another one in each row."""
+    return bool((x % 1 == 0).all()) and len(np.unique(x)) == len(x)
 
 
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
