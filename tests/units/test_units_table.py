@@ -50,6 +50,20 @@ def test_every_kind_of_cell_is_read_and_written_back():
     assert read_as(TableEncoding, json.loads(json.dumps(encode(table)))) == table
 
 
+@pytest.mark.parametrize(
+    ("values", "noted"),
+    [
+        (range(7000, 7060), True), (np.random.RandomState(0).permutation(200)[:90], True), (range(0, 600, 5), True),
+        (np.random.RandomState(0).choice(100_000, 60, replace=False), False),  # prices in cents
+        ([*range(59), 7], False), (np.arange(60) + 0.5, False), (range(12), False),
+    ],
+)  # fmt: skip
+def test_whole_numbers_that_number_the_rows_are_noted(values, noted):
+    table, notes = TableEncoding.fit(pd.DataFrame({"serial": values}))
+    assert table.names == ("serial",)
+    assert ("column 'serial' holds a different whole number in every row: if it is an id, drop it." in notes) == noted
+
+
 def test_thousands_are_no_decimals():
     frame = pd.DataFrame({"a": [f"{x:,.1f}" for x in np.random.RandomState(0).normal(5000, 900, 60)]})
     found = TableEncoding.fit(frame)[0].encode(frame).x[:, 0]

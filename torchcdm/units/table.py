@@ -44,6 +44,9 @@ LARGEST = 1e150
 COUNTER = ("", "Unnamed: 0")
 """What a column without a name is called in a file, and by ``pandas.read_csv``."""
 
+PAIRS = 10
+"""So many pairs of whole numbers would be equal by chance, at least, where one that all differ may be an id."""
+
 SHOWN = 5
 """Problems, or levels, that a message names."""
 
@@ -376,6 +379,8 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
+    if not is_date and len(x) ** 2 > 2 * PAIRS * (np.ptp(x) + 1) and _numbers_rows(x):
+        notes.append("holds a different whole number in every row: if it is an id, drop it")
     # Decimal texts are rounded to float64 twice: once as they were read, and once here.
     close, exact = 1e-12 * deviation * varies, 2 * np.finfo(float).eps
     decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, exact, close)), None)
