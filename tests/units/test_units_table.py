@@ -64,6 +64,25 @@ def test_whole_numbers_that_number_the_rows_are_noted(values, noted):
     assert ("column 'serial' holds a different whole number in every row: if it is an id, drop it." in notes) == noted
 
 
+@pytest.mark.parametrize(
+    ("cells", "back"),
+    [
+        (["yes", "no"], ["yes", "no"]), (["OFF", None, "on"], ["OFF", None, "on"]), (["n"], ["n"]),
+        (["True", "False"], [True, False]), (["yes", "y", "no"], [True, True, False]), ([True, None], [True, None]),
+    ],
+)  # fmt: skip
+def test_booleans_come_back_as_they_were_spelled(cells, back):
+    frame = pd.DataFrame({"smoker": cells * 10, "x": np.random.RandomState(0).normal(size=10 * len(cells))})
+    table, _ = TableEncoding.fit(frame)
+    assert table.columns[0].kind == "boolean"
+    found = table.decode(table.encode(frame).x)["smoker"]
+    assert found.astype(object).where(found.notna(), None).tolist() == back * 10
+    # Other spellings mean the same.
+    again = table.encode(frame.assign(smoker=frame["smoker"].replace({"yes": "TRUE", "no": "f", "on": "t"})))
+    assert torch.equal(again.x, table.encode(frame).x)
+    assert table.columns[0].encode(pd.Series(["maybe"]))[2].all()
+
+
 def test_thousands_are_no_decimals():
     frame = pd.DataFrame({"a": [f"{x:,.1f}" for x in np.random.RandomState(0).normal(5000, 900, 60)]})
     found = TableEncoding.fit(frame)[0].encode(frame).x[:, 0]

@@ -58,7 +58,8 @@ class Column:
     Attributes:
         name: As in the table.
         kind: ``number``, ``category``, ``boolean`` or ``date``, which is the number of days since 1970.
-        levels: Of a category or boolean: its texts by code; the empty text stands for missing cells.
+        levels: Of a category or boolean: its texts by code, ``False`` and ``True`` where training spells one of a
+            boolean in several ways; the empty text stands for missing cells.
         values: Numbers that have a probability, rising: all of a column of few values, frequent ones of another.
         mixed: Whether there are other numbers beside them, or numbers beside missing cells.
         missing: Whether training has missing numbers.
@@ -93,9 +94,11 @@ class Column:
 
     def encode(self, cells: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Codes, which cells cannot be read, and which are unlike any in training, where the code means nothing."""
+        import pandas as pd
+
         if self.levels:
             texts = texts_of(cells, self.kind)
-            places = {level: k for k, level in enumerate(self.levels)}
+            places = {level: k for k, level in enumerate(texts_of(pd.Series(self.levels), self.kind))}
             found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
             return found.clip(0).astype(np.float64), unreadable(cells), found < 0
         x, empty = self.read(cells)
@@ -115,7 +118,7 @@ class Column:
         if self.levels:
             texts = np.array(self.levels, dtype=object)[codes.round().clip(0, len(self.levels) - 1).astype(int)]
             texts[texts == ""] = None
-            if self.kind == "category":
+            if self.kind == "category" or not {"", "False", "True"}.issuperset(self.levels):
                 return texts
             truth = pd.array([None if text is None else text == "True" for text in texts], "boolean")
             return truth if "" in self.levels else truth.astype(bool)
@@ -330,8 +333,9 @@ def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
     texts = texts_of(cells[~bad], column.kind)
     counts = Counter(texts.tolist())
     if column.kind == "boolean":
-        levels = tuple(text for text in ("", "False", "True") if counts[text])
-        return replace(column, levels=levels, mixed=False), []
+        spelled = sorted(set(zip(texts, texts_of(cells[~bad], "category"), strict=True)))
+        levels = sorted(counts) if len(spelled) > len(counts) else [text for _, text in spelled]
+        return replace(column, levels=tuple(levels), mixed=False), []
     empty = counts.pop("", 0)
     common = [level for level, count in counts.most_common(MOST_LEVELS) if count >= LEAST_COUNT]
     rare = sum(counts.values()) - sum(counts[level] for level in common)
