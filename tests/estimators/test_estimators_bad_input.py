@@ -10,6 +10,7 @@ from sklearn.exceptions import NotFittedError
 
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
+from torchcdm.estimators.conditional import _table
 
 TINY = {
     "steps": 2, "width": 4, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
@@ -111,6 +112,11 @@ def test_a_row_whose_square_overflows_has_no_density_and_not_nan(fitted):
 def test_tensors_are_read(fitted):
     expected = fitted["density"].score_samples(GOOD)
     assert np.array_equal(fitted["density"].score_samples(torch.from_numpy(GOOD).requires_grad_()), expected)
+    conditional, x = fitted["conditional"], torch.from_numpy(X[0]).requires_grad_()
+    assert np.array_equal(conditional.sample(3, x), conditional.sample(3, X[0]))
+    assert np.array_equal(conditional.log_prob(GOOD, x), conditional.log_prob(GOOD, X[0]))
+    vector = torch.from_numpy(GOOD[:, 0]).requires_grad_()
+    assert _table(vector, "theta").equals(_table(GOOD[:, 0], "theta"))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.compose import sample
 from torchcdm.compose.combinations import AllGiven
 from torchcdm.compose.tilted import one_each
+from torchcdm.data.arrays import as_array
 from torchcdm.errors import UserError, reason
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.estimators.density import log_importance_weights
@@ -276,6 +277,7 @@ class CDMConditional(DensityEstimator):
 
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""
+        x = as_array(x, "x") if isinstance(x, Tensor) else x
         if np.ndim(x) < 2:
             single = len(self.x_columns_.columns) == 1
             row = hasattr(x, "to_frame") and not single
@@ -292,6 +294,7 @@ class CDMConditional(DensityEstimator):
 
 def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:
     """A table as :func:`data_frame` gives it; a vector is one column."""
+    values = as_array(values, name) if isinstance(values, Tensor) else values
     if not is_frame(values):
         values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
     return data_frame(values, name, like, partial(check_array, input_name=name))
