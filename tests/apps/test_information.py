@@ -183,7 +183,7 @@ def test_a_test_is_drawn_and_a_loaded_ratio_has_no_data(ratio, tmp_path):
     with pytest.raises(UserError, match="permutations is 5"):
         two_sample_test(*fresh, permutations=5)
     for parts, message in (
-        ((fresh[0], fresh[1][:, :1]), "no column 'c1'"),
+        ((fresh[0], fresh[1][:, :1]), "denominator: 1 column.s.; 2 are needed"),
         ((fresh[0][:10], fresh[1]), "too few samples, 10; at least 20"),
         ((fresh[0], torch.zeros(40, 1, 8, 8)), "holds images"),
     ):

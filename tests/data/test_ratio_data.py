@@ -76,6 +76,24 @@ def test_columns_of_frames_go_by_name_in_any_order():
         read_query(normal(4, 3), *layout)
 
 
+def test_columns_without_names_go_by_place():
+    x, y = normal(60, 3), normal(60, 3) + 1
+    named, numbered = (pd.DataFrame(y, columns=columns) for columns in (["b", "c", "a"], range(3)))
+    for sides in ((x, named), (named, torch.from_numpy(x)), (pd.DataFrame(x), named)):
+        pair = pair_up(*sides)
+        assert pair.warp.table.names == ("b", "c", "a")
+        layout = (pair.source.transform, pair.warp, DataOptions())
+        assert torch.equal(read_query(numbered, *layout)[0], read_query(named, *layout)[0])
+    pair = pair_up(x, pd.DataFrame(y))
+    layout = (pair.source.transform, pair.warp, DataOptions())
+    for same in (numbered, named, numbered[[2, 0, 1]], numbered.assign(more=0)):
+        assert torch.equal(read_query(same, *layout)[0], read_query(y, *layout)[0])
+    with pytest.raises(UserError, match="query: 2 column.s.; 3 are needed"):
+        read_query(named[["a", "b"]], *layout)
+    with pytest.raises(UserError, match="numerator: no column 'a', which denominator has"):
+        pair_up(named.rename(columns={"a": "d"}), named)
+
+
 def test_both_sides_and_a_query_are_read_alike():
     denominator = pd.DataFrame({"day": [f"{d:02d}/{m:02d}/2024" for m in range(1, 13) for d in range(1, 29)]})
     numerator = pd.DataFrame({"day": [f"{d:02d}/06/2024" for d in range(1, 13)] * 10})
@@ -126,8 +144,8 @@ def test_images_go_by_shape_and_by_kind():
 @pytest.mark.parametrize(
     ("numerator", "message"),
     [
-        (normal(60, 3), "denominator: no column 'c2', which numerator has"),
-        (pd.DataFrame(normal(60, 2), columns=["a", "b"]), "numerator: no column 'c0', which denominator has"),
+        (normal(60, 3), "numerator: 3 column.s.; 2 are needed"),
+        (pd.DataFrame(normal(60, 3), columns=["a", "b", "c"]), "denominator: 2 column.s.; 3 are needed"),
         (normal(19, 2), "numerator: too few samples, 19; at least 20"),
         (np.where(np.arange(120).reshape(60, 2) == 51, np.nan, 1.0), "numerator: sample 25 holds a value that is not"),
         (np.array([["a", "b"]] * 60), "are not numbers|holds no values"),

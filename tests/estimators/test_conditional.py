@@ -225,7 +225,7 @@ def test_mistakes_are_named():
     for call, message in (
         (lambda: model.log_prob(theta.iloc[:, :1], x), "theta: no column 'dose'"),
         (lambda: model.log_prob(theta, x.iloc[:, :2]), "x: no column 'c'"),
-        (lambda: model.log_prob(theta, x.to_numpy()[:, :2]), "x has 2 columns; the fit had 3"),
+        (lambda: model.log_prob(theta, x.to_numpy()[:, :2]), "x: 2 column.s.; 3 are needed"),
         (lambda: model.log_prob(theta, x.iloc[:5]), "x holds 5 rows and theta 80; give one x, or one for each theta"),
         (lambda: model.sample(0, x), "n is 0; it must be at least 1"),
         (lambda: model.set_params(likelihood="flw").log_prob(theta, x), "likelihood is 'flw'; did you mean 'flow'"),

@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, Discrete, spread
-from torchcdm.units.table import as_frame, is_frame, without_counter
+from torchcdm.units.table import as_frame, by_place, is_frame, unnamed, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -194,6 +194,9 @@ def _coded(
 ) -> tuple[list[Tensor], TableEncoding, list[str]]:
     """Codes of both tables, float64, their encoding, and notes."""
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
+    if set(frames[0].columns) != set(frames[1].columns):
+        k = int(unnamed(frames[1].columns))
+        frames[k] = by_place(frames[k], frames[1 - k].columns, names[k])
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:

@@ -42,7 +42,7 @@ from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded, as_frame, is_frame, without_counter
+from torchcdm.units.table import Encoded, as_frame, by_place, is_frame, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -368,9 +368,4 @@ def data_frame(
     frame = as_frame(table) if like is not None else without_counter(as_frame(table))
     if len(frame) < smallest:
         raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")
-    names = None if like is None else [column.name for column in like.columns]
-    if names is None or (named and names != [str(k) for k in range(len(names))]):
-        return frame
-    if len(frame.columns) != len(names):
-        raise UserError(f"{name} has {len(frame.columns)} columns; the fit had {len(names)}")
-    return frame.set_axis(names, axis=1)
+    return frame if like is None or named else by_place(frame, [column.name for column in like.columns], name)

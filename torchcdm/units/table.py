@@ -221,13 +221,16 @@ class TableEncoding:
         return {k: Cells(codes, column.cell, column.mixed) for k, column in columns if (codes := column.codes)}
 
     def encode(self, frame: Any, name: str = "data frame", skip_bad: bool = False, deviating: bool = False) -> Encoded:
-        """The rows of a table as numbers; columns go by name, in any order, and others are passed over.
+        """The rows of a table as numbers; columns go by name, in any order, and others are passed over; by
+        place as in :func:`by_place`.
 
         ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``
         these are marked, and no problem; constant columns may be missing. UserError tells in one line all that cannot
         be read, the problems in ``frame.attrs`` too.
         """
         problems, codes = [*frame.attrs.get("problems", ())], []
+        if not set(self.names).issubset(frame.columns):
+            frame = by_place(frame, [column.name for column in self.columns], name)
         absent = [column for column in self.names if column not in frame.columns]
         if absent:
             raise UserError(f"{name}: no column {_listed(absent)} (found: {', '.join(frame.columns)})")
@@ -306,6 +309,22 @@ def without_counter(frame: DataFrame) -> DataFrame:
         frame = frame.iloc[:, 1:]
         frame.attrs["notes"] = [*frame.attrs.get("notes", ()), note]
     return frame
+
+
+def unnamed(columns: Sequence[str]) -> bool:
+    """Whether columns have the names of those that have none: 0, 1, ... of arrays, c0, c1, ... of files."""
+    return list(columns) in [[f"{letter}{k}" for k in range(len(columns))] for letter in ("", "c")]
+
+
+def by_place(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
+    """The table with ``columns`` as its names, where these or its own are :func:`unnamed`; as it is else. UserError,
+    with its ``name``, for another number of columns."""
+    if not unnamed(frame.columns) and not unnamed(columns):
+        return frame
+    if len(frame.columns) != len(columns):
+        needed = f"{len(columns)} are needed, as columns without names go by place"
+        raise UserError(f"{name}: {len(frame.columns)} column(s); {needed}")
+    return frame.set_axis(list(columns), axis=1)
 
 
 def beyond_float32(x: np.ndarray) -> bool:
