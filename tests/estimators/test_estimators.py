@@ -17,7 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import torchcdm
 from torchcdm.errors import UserError
-from torchcdm.estimators import CDMDensity, CDMOutlierDetector
+from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
 from torchcdm.estimators import base as estimators_base
 from torchcdm.runtime.artefact import write_artefact
 
@@ -278,6 +278,18 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     (tmp_path / "saved" / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged, not JSON"):
         kind.load(tmp_path / "saved")
+
+
+def test_a_warning_of_a_fit_points_at_the_call(monkeypatch):
+    def stop(*_):
+        raise UserError("columns are described")
+
+    monkeypatch.setattr(estimators_base.TableEstimator, "_split_rows", stop)
+    frame = table(20).assign(site=1.0)
+    for kind, given in ((CDMDensity, (frame,)), (CDMOutlierDetector, (frame,)), (CDMConditional, (frame, frame[:]))):
+        with pytest.warns(UserWarning, match="left out") as found, pytest.raises(UserError, match="are described"):
+            kind().fit(*given)
+        assert {warning.filename for warning in found} == {__file__}
 
 
 def test_bad_settings_are_named():

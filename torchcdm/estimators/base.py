@@ -147,15 +147,16 @@ class TableEstimator(BaseEstimator):
     random_state: Any = None
     verbose: Any = 0
 
-    def _describe(self, frame: DataFrame, name: str, has_density: bool = True) -> TableEncoding:
-        """The columns of a training table; what is to be known of them goes into the notes."""
+    def _describe(self, frame: DataFrame, name: str, has_density: bool = True, level: int = 3) -> TableEncoding:
+        """The columns of a training table; what is to be known of them goes into the notes. The call of a warning is
+        so many frames up the stack."""
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
         if has_density and self.discrete == "error" and uncountable:
             what = f"column '{uncountable[0]}' holds values that come back, so that its density has no upper bound"
             raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
-            warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=3)
+            warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=level)
         self._say(*(f"{name}: {note}" for note in [*frame.attrs.get("notes", ()), *notes]))
         return table
 
