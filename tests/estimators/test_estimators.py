@@ -292,6 +292,20 @@ def test_a_warning_of_a_fit_points_at_the_call(monkeypatch):
         assert {warning.filename for warning in found} == {__file__}
 
 
+def test_overrides_are_read_before_the_data():
+    wrong = {"overrides": {"dropuot": 3}}
+    for fit in (
+        lambda: CDMDensity(**wrong).fit(None),
+        lambda: CDMOutlierDetector(**wrong, contamination=0.1).fit(None),
+        lambda: CDMConditional(**wrong).fit(None, None),
+        lambda: torchcdm.DensityRatio(dropuot=3).fit(None, None),
+    ):
+        with pytest.raises(UserError, match="unknown override 'dropuot'"):
+            fit()
+    with pytest.raises(UserError, match="unknown field 'loss.ce_wight'"):
+        CDMConditional(overrides={"loss": {"ce_wight": 1}}).fit(None, None)
+
+
 def test_bad_settings_are_named():
     frame = table(60)
     for options, message in (

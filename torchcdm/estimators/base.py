@@ -231,6 +231,11 @@ class TableEstimator(BaseEstimator):
             found.append(candidate(step=False, bent=True))
         return max(found, key=lambda trial: trial[0])[1:]
 
+    def _check(self, conditional: bool = False) -> None:
+        """Refuses wrong parameters before anything is read."""
+        read_as(type(self), self.get_params(deep=False))
+        make_config(preset_fields(self.preset), override_fields(self._fields(SMALL, conditional)))
+
     def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
         return size_fields(rows, conditional)
 

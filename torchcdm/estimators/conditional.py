@@ -88,7 +88,7 @@ class CDMConditional(DensityEstimator):
         Errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
         """
         with all_or_nothing(self):
-            read_as(type(self), self.get_params(deep=False))
+            self._check(conditional=True)
             self._framed = is_frame(theta)
             frames = [_table(part, name) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)

@@ -60,7 +60,7 @@ class TableDensity(TableEstimator):
             UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
         """
         with all_or_nothing(self):
-            read_as(type(self), self.get_params(deep=False))
+            self._check()
             self._framed = is_frame(X)
             if self._framed:
                 validate_data(self, X, skip_check_array=True)
