@@ -10,6 +10,7 @@ import copy
 import re
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -34,6 +35,8 @@ from torchcdm.training.loop import Interrupted
 from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
+
+KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize", "clusters")
@@ -146,7 +149,7 @@ def train(
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
     """Refuses a network with batch normalisation, weights in half precision, other classes than the data's, or outputs
-    not (2, [classes,] T + 2 ``levels``) for two samples; a ``denoiser``, which takes the level, is not called."""
+    not (2, [classes,] T + 2 ``levels``) for two samples; warns of kinks. A ``denoiser``, which takes a level, not."""
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
@@ -159,6 +162,9 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         raise UserError(f"the network has {classes} classes and the data {source.classes or 'none'}; they must agree")
     if denoiser:
         return
+    if kinked := next((part for part in network.named_modules() if isinstance(part[1], KINKED)), None):
+        what = f"module '{kinked[0]}' is {type(kinked[1]).__name__}, whose kinks make the denoiser jump"
+        warnings.warn(f"{what}: use nn.SiLU, or another smooth activation", UserWarning, stacklevel=3)
     device = next(network.parameters(), torch.empty(())).device
     x = torch.zeros(2, *source.shape, device=device, dtype=dtype)
     y = () if classes is None else (torch.zeros(2, dtype=torch.long, device=device),)
