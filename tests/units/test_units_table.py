@@ -149,6 +149,8 @@ def test_cells_that_training_never_had():
         table.encode(new, "t.csv")
     assert "\n" not in str(caught.value)
     assert table.encode(new, skip_bad=True).rows.tolist() == [0, 2]
+    with pytest.raises(UserError, match=r"or leave out their rows or columns \(as a command: --skip-bad, --drop\)"):
+        table.encode(new)
     with pytest.raises(UserError, match="no column 'power', 'day'"):
         table.encode(new.drop(columns=["power", "day"]))
 

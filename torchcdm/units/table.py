@@ -251,7 +251,7 @@ class TableEncoding:
                 codes.append(code)
         if problems and not skip_bad:
             rest = f" ({len(problems)} problems in all)" if len(problems) > SHOWN else ""
-            mend = "mend the cells, or leave columns out (drop), or rows (skip-bad)"
+            mend = "mend the cells, or leave out their rows or columns (as a command: --skip-bad, --drop)"
             raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
         rows = np.flatnonzero(~out)
         x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))
