@@ -334,7 +334,7 @@ def test_mistakes(ratio):
         DensityRatio(stesp=3).fit(p, q)
     with pytest.raises(UserError, match="not fitted; call fit"):
         DensityRatio().log_ratio(p)
-    with pytest.raises(UserError, match="rows of 3 numbers; 2 are needed"):
+    with pytest.raises(UserError, match="3 column.s.; 2 are needed"):
         ratio.log_ratio(np.zeros((4, 3)))
     with pytest.raises(UserError, match="sample 0 holds a value that is not a finite number"):
         ratio.log_ratio([[1.0, math.nan]])

@@ -72,7 +72,7 @@ def test_columns_of_frames_go_by_name_in_any_order():
     assert torch.equal(read_query(frame.to_numpy(), *layout)[0], x)
     with pytest.raises(UserError, match="'mass'"):
         read_query(frame[["height"]], *layout)
-    with pytest.raises(UserError, match="rows of 3 numbers; 2 are needed"):
+    with pytest.raises(UserError, match="3 column.s.; 2 are needed"):
         read_query(normal(4, 3), *layout)
 
 

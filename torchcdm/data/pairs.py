@@ -183,10 +183,8 @@ def read_side(
         return x, found.grid
     if found.table is not None:
         return found.table.decode(x), None
-    if like is not None and x.shape[1] != len(like.columns):
-        raise UserError(f"{name}: rows of {x.shape[1]} numbers; {len(like.columns)} are needed")
-    names = [f"c{k}" for k in range(x.shape[1])] if like is None else [column.name for column in like.columns]
-    return pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), names), None
+    frame = pd.DataFrame(x.numpy(), pd.RangeIndex(len(x), name="sample"), [f"c{k}" for k in range(x.shape[1])])
+    return frame if like is None else by_place(frame, [column.name for column in like.columns], name), None
 
 
 def _coded(

@@ -101,8 +101,7 @@ def joined(frames: Sequence[DataFrame]) -> DataFrame:
 
 
 def chosen(frame: DataFrame, options: DataOptions, name: str) -> DataFrame:
-    """The columns that the options ask for, without that of the label, or one that counts the rows, unless these are
-    among them."""
+    """The columns asked for; unless they are named, without that of the label and one that counts the rows."""
     select(frame, options.drop, name)
     left_out = [*options.drop, *([] if options.columns else [options.label])]
     frame = select(frame, frame.columns if options.columns is None else options.columns, name)

@@ -148,8 +148,7 @@ class TableEstimator(BaseEstimator):
     verbose: Any = 0
 
     def _describe(self, frame: DataFrame, name: str, has_density: bool = True, level: int = 3) -> TableEncoding:
-        """The columns of a training table; what is to be known of them goes into the notes. The call of a warning is
-        so many frames up the stack."""
+        """The columns of a training table, and what is to be known of them: notes; a warning ``level`` frames up."""
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
         if has_density and self.discrete == "error" and uncountable:

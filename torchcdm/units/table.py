@@ -41,12 +41,6 @@ FLOAT32_STEPS = 1000
 LARGEST = 1e150
 """Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
 
-COUNTER = ("", "Unnamed: 0")
-"""What a column without a name is called in a file, and by ``pandas.read_csv``."""
-
-PAIRS = 10
-"""So many pairs of whole numbers would be equal by chance, at least, where one that all differ may be an id."""
-
 SHOWN = 5
 """Problems, or levels, that a message names."""
 
@@ -58,8 +52,7 @@ class Column:
     Attributes:
         name: As in the table.
         kind: ``number``, ``category``, ``boolean`` or ``date``, which is the number of days since 1970.
-        levels: Of a category or boolean: its texts by code, ``False`` and ``True`` where training spells one of a
-            boolean in several ways; the empty text stands for missing cells.
+        levels: Texts of a category or boolean by code, False and True of mixed spellings; the empty one is missing.
         values: Numbers that have a probability, rising: all of a column of few values, frequent ones of another.
         mixed: Whether there are other numbers beside them, or numbers beside missing cells.
         missing: Whether training has missing numbers.
@@ -221,8 +214,7 @@ class TableEncoding:
         return {k: Cells(codes, column.cell, column.mixed) for k, column in columns if (codes := column.codes)}
 
     def encode(self, frame: Any, name: str = "data frame", skip_bad: bool = False, deviating: bool = False) -> Encoded:
-        """The rows of a table as numbers; columns go by name, in any order, and others are passed over; by
-        place as in :func:`by_place`.
+        """The rows of a table as numbers; columns go by name, others are passed over, or :func:`by_place`.
 
         ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``
         these are marked, and no problem; constant columns may be missing. UserError tells in one line all that cannot
@@ -303,7 +295,7 @@ def as_frame(data: Any) -> DataFrame:
 def without_counter(frame: DataFrame) -> DataFrame:
     """A table to learn from without a first column that has no name, or the one that pandas gives such a column, and
     another whole number in each row: what ``to_csv`` writes as the index. A note in ``attrs`` says so."""
-    counter = frame.columns[:1].isin(COUNTER).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
+    counter = frame.columns[:1].isin(("", "Unnamed: 0")).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
     if counter and _numbers_rows(values_of(cells, "number")[0]):
         note = "the first column has no name and counts the rows: left out."
         frame = frame.iloc[:, 1:]
@@ -322,8 +314,7 @@ def by_place(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
     if not unnamed(frame.columns) and not unnamed(columns):
         return frame
     if len(frame.columns) != len(columns):
-        needed = f"{len(columns)} are needed, as columns without names go by place"
-        raise UserError(f"{name}: {len(frame.columns)} column(s); {needed}")
+        raise UserError(f"{name}: {len(frame.columns)} column(s); {len(columns)} are needed where they go by place")
     return frame.set_axis(list(columns), axis=1)
 
 
@@ -402,7 +393,8 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
-    if not is_date and len(x) ** 2 > 2 * PAIRS * (np.ptp(x) + 1) and _numbers_rows(x):
+    # Of as many whole numbers at random, ten pairs or more would be equal.
+    if not is_date and len(x) ** 2 > 20 * (np.ptp(x) + 1) and _numbers_rows(x):
         notes.append("holds a different whole number in every row: if it is an id, drop it")
     # Decimal texts are rounded to float64 twice: once as they were read, and once here.
     close, exact = 1e-12 * deviation * varies, 2 * np.finfo(float).eps
