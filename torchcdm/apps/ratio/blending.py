@@ -8,25 +8,26 @@ from scipy.special import betaincinv, expit, logit
 
 from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 
-ERRORS = 2.0
-"""Standard errors by which a blend has to gain on its first estimate alone."""
+WEIGHT, SUM, OFFSET = 0.5, 0.1, 0.05
+"""How far each weight, their sum, and an offset in nats are expected to lie from those of the first estimate alone."""
 
 UNLIKELY, EASILY = 0.01, 0.2
 """Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay."""
 
 
-def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
+def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float = 0.0) -> list[float]:
     """Weights of several estimates of a log ratio, and an offset in nats: (C + 1,).
 
     The weights are those of a logistic regression of the source on the estimates (stacking, Wolpert 1992; of one
     estimate, Platt 1999), none negative and their sum at most 1: from few training samples a log ratio is too certain.
-    The first estimate alone stays where that gains no more than two standard errors, and where the sources hardly
-    overlap it stays unless the bounds of Donsker and Varadhan on KL(p, q) and KL(q, p) rise as well: a classifier that
-    tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
+    A normal prior around the first estimate alone keeps few samples from deciding, most of all on their sum. Where the
+    sources hardly overlap that estimate stays unless the bounds of Donsker and Varadhan on KL(p, q) and KL(q, p) rise
+    as well: a classifier that tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
 
     Args:
         numerator: Estimates at held-out samples of the numerator, (N, C).
         denominator: Estimates at held-out samples of the denominator, (M, C).
+        errors: Standard errors by which the blend has to gain on the first estimate, which stays else.
     """
     count = numerator.shape[1]
     plain = np.eye(count + 1)[0]
@@ -35,12 +36,19 @@ def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
         return plain.tolist()
     sizes = [len(numerator), len(denominator)]
     sign, share = np.repeat([1.0, -1.0], sizes), np.repeat(0.5 / np.array(sizes), sizes)
+    precision = np.diag([WEIGHT**-2] * count + [OFFSET**-2])
+    precision[:count, :count] += SUM**-2
+    # Over the effective number of samples, as losses are means.
+    precision *= np.square(share).sum()
 
     def losses(weights: np.ndarray) -> np.ndarray:
         return np.logaddexp(0, -sign * (rows @ weights))
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        return float(share @ losses(weights)), -(share * sign * expit(-sign * (rows @ weights))) @ rows
+        away = weights - plain
+        pull = precision @ away
+        slope = -(share * sign * expit(-sign * (rows @ weights))) @ rows
+        return float(share @ losses(weights) + away @ pull / 2), slope + pull
 
     def divergence(weights: np.ndarray) -> float:
         up, down = np.split(rows @ weights, sizes[:1])
@@ -51,7 +59,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray) -> list[float]:
     found = minimize(loss, plain, jac=True, method="SLSQP", bounds=bounds, constraints=at_most_one).x.round(3)
     gains = losses(plain) - losses(found)
     gain = float(share @ gains)
-    better = gain > ERRORS * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
+    better = gain > errors * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
     if better and (loss(plain)[0] > SEPARATE or divergence(found) >= divergence(plain)):
         return found.tolist()
     return plain.tolist()
