@@ -17,6 +17,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, report
+from torchcdm.likelihood.report import _cost
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -72,12 +73,19 @@ def test_an_exact_model_is_believed(vectors):
         assert words in text
 
 
-def test_the_bar_counts_methods_and_tells_the_time_left(vectors, capsys):
+def test_the_bar_knows_how_many_rows_the_network_will_see(vectors, capsys):
     model, x = vectors
-    report(model, x, methods=("single", "elbo", "flow"), progress=True)
-    assert re.search(r"likelihood: 100%.* 3/3 \[\d\d:\d\d<\d\d:\d\d", capsys.readouterr().err)
-    report(model, x, methods=["single"])
-    assert not capsys.readouterr().err
+    seen = []
+    hook = model.backbone.register_forward_hook(lambda network, inputs, output: seen.append(len(inputs[0])))
+    scoring = Scoring(1)
+    for stage in ("single", "elbo", "flow"):
+        seen.clear()
+        report(model, x, scoring=scoring, methods=[stage], progress=True)
+        assert sum(seen) == _cost(model, stage, len(x), scoring)[0], stage
+    hook.remove()
+    assert not model.backbone._forward_hooks
+    shown = capsys.readouterr().err
+    assert "likelihood: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)
 
 
 def test_densities_without_a_network_of_their_own_have_a_report(vectors):

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from annotated_types import Len
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
-from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, probability_flow
+from torchcdm.likelihood.flow import EXACT_DIMENSIONS, FlowLikelihood, FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
 from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.restricted import restricted_pass
@@ -24,7 +24,7 @@ from torchcdm.likelihood.scoring import Scoring, as_data
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel
 from torchcdm.runtime.files import without_nan
-from torchcdm.runtime.processes import labels_of
+from torchcdm.runtime.processes import labels_of, share
 from torchcdm.runtime.validation import checked
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -200,7 +200,8 @@ def report(
     found: dict[str, LogLikelihood] = {}
     kernels = gap = gaps = over_elbo = None
     notes: list[str] = []
-    for stage in tqdm(stages, "likelihood", disable=not progress):
+    costs = {stage: _cost(model, stage, len(share(len(x))), scoring) for stage in stages}
+    for stage in _with_time_left(model, costs, progress):
         if stage in ("elbo", "logz") and kernels is None:
             # With the variances that the model's own samples have, of all classes that are given.
             target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
@@ -257,6 +258,29 @@ def _measured_log_z(
         notes += [f"restricted: {note}" for note in fenced.notes()]
         found = fenced if found is None or fenced.usable else found
     return found, notes
+
+
+def _cost(model: Denoiser, stage: str, n: int, scoring: Scoring) -> tuple[int, int]:
+    """Rows that the network sees for ``n`` samples, and what a row costs: a pass forward 1, each backward about 2."""
+    T, steps = model.schedule.T, min(scoring.steps, model.schedule.T - scoring.level)
+    halved = 2 * ((steps + 1) // 2) + 1
+    probes = model.transform.dim if model.transform.dim <= EXACT_DIMENSIONS else scoring.probes
+    rows = {"single": (1 + 2 * scoring.draws) * n, "flow": 2 * (steps + 1) * n + halved * min(n, HALVED_SAMPLES)}
+    rows |= {"elbo": (T - scoring.level + 1) * n + 2 * T * CALIBRATION_SAMPLES, "logz": 0}
+    return rows[stage], {"elbo": 3, "flow": 3 + 3 * probes}.get(stage, 1)
+
+
+def _with_time_left(model: Denoiser, costs: Mapping[str, tuple[int, int]], progress: bool) -> Iterator[str]:
+    """The stages, with a bar of what the network has seen; log Z has a bar of its own."""
+    form, total = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", sum(map(math.prod, costs.values()))
+    with tqdm(total=total, desc="likelihood", bar_format=form, disable=not progress) as bar:
+        for stage, (_, cost) in costs.items():
+
+            def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, cost: int = cost) -> None:
+                bar.update(cost * len(inputs[0]))
+
+            with (getattr(model, "backbone", None) or model).register_forward_hook(count):
+                yield stage
 
 
 def _errors(
