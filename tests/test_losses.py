@@ -334,7 +334,7 @@ def compilers():
 
 
 @pytest.mark.parametrize("backend", compilers())
-@pytest.mark.parametrize("kind", ["vectors of a joint model", "images"])
+@pytest.mark.parametrize("kind", ["vectors of a joint model", pytest.param("images", marks=pytest.mark.slow)])
 def test_compiled_whole_it_has_the_gradient_of_eager(kind, backend, monkeypatch):
     # Compiled it differentiates twice, as does eager here: what differences leave is seen in a test of its own.
     monkeypatch.setattr(losses, "differences_suffice", lambda x: False)

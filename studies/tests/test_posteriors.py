@@ -111,6 +111,7 @@ def test_detectors_are_scored_on_rows_that_they_did_not_see(report_of, monkeypat
     assert [row["auroc"] > 0.8 for row in rows] == [True, False] * 2
 
 
+@pytest.mark.slow
 def test_several_observations_and_rounds_are_measured(fake_sbibm, monkeypatch):
     few = {"steps": 2, "width": 8, "overrides": {"model": {"schedule": {"T": 10}}}}
     quick = few | {"depth": 1, "components": 1, "device": "cpu", "random_state": 0}

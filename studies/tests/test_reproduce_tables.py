@@ -65,6 +65,7 @@ def test_other_commands_read_a_model_of_a_reproduction(short, monkeypatch, tmp_p
 # --- Table 2 and Figure 6 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypatch, capsys):
     content = run("table2", tmp_path)
     main_table, grid, other, quality = content["tables"]
@@ -96,6 +97,7 @@ def test_table_2_and_figure_6_share_models_and_samples(tmp_path, short, monkeypa
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_seed_is_that_of_trainings_and_samples(tmp_path, short, capsys):
     drawn = {}
     for seed in (0, 1):
@@ -139,6 +141,7 @@ def test_what_is_finished_is_reported_without_making_the_rest(tmp_path, short, m
     assert content["command"].endswith("--finished --out DIR")
 
 
+@pytest.mark.slow
 def test_the_chosen_weight_has_the_least_distance(tmp_path, short, monkeypatch, capsys):
     # Samples of weight w lie w away from the data.
     real = models.Models.samples

@@ -76,6 +76,7 @@ def test_rows_that_come_back_are_judged_by_models_that_have_not_seen_them():
 # --- mutual information --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_mutual_information_of_correlated_normals_whatever_the_scale_of_a_column():
     draw = np.random.RandomState(0)
     x = draw.normal(size=1000)

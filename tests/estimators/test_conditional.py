@@ -157,6 +157,7 @@ def test_training_learns_what_no_regression_knows():
     assert abs(trained) < 0.05
 
 
+@pytest.mark.slow
 def test_a_discrete_theta_gets_the_probability_of_each_value():
     # A class given x, by Bayes' rule: two normals a distance of two apart.
     draw = np.random.RandomState(0)

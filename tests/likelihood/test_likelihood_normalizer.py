@@ -233,6 +233,7 @@ def test_a_restricted_density_has_none_of_it_and_bounds_every_input():
     assert "most of the data lie outside" in by_replicas(model, island, restricted=True, training=x, sweeps=4).doubt
 
 
+@pytest.mark.slow
 def test_a_report_falls_back_to_the_restricted_density():
     model, x = island_model()
     found = report(model, x, methods=["single", "logz"], scoring=Scoring(level=1), sweeps=40)

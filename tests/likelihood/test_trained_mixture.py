@@ -13,6 +13,8 @@ from oracles import mixture_at_level, rng
 import torchcdm
 from studies.exact import GaussianMixture
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "steps": 1500,
     "batch_size": 512,

@@ -83,6 +83,7 @@ def test_denoising(cdm):
         cdm(f"denoise run digits.npy --out clean {strength}")
 
 
+@pytest.mark.slow
 def test_a_plain_diffusion_model(cdm):
     network = "{name: unet, channels: 8, multipliers: [1, 2], attention: [], dropout: 0.1}"
     flags = small_flags(report__methods="[]", report__limit="4", train__steps="4", model__backbone=network,

@@ -214,6 +214,7 @@ def test_the_configuration_of_a_run_runs_it_again(whole, tmp_path):
     assert_same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_training_learns_and_the_best_average_is_kept(tmp_path):
     run_training(tmp_path, train__steps="200", train__warmup="5", train__lr="6e-3", train__validate_every="50",
                  train__save_every="50", model__backbone__dropout="0", model__backbone__width="16")  # fmt: skip

@@ -194,7 +194,9 @@ def _coded(
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
     if set(frames[0].columns) != set(frames[1].columns):
         k = int(unnamed(frames[1].columns))
+        places = list(frames[k].columns)
         frames[k] = by_place(frames[k], frames[1 - k].columns, names[k])
+        by_place(frames[1 - k], places, names[1 - k])  # for what it refuses
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
