@@ -261,6 +261,7 @@ def test_without_names_all_that_suit_are_taken(source, monkeypatch):
     assert names == [name for name in PEERS if name != "glow"]
 
 
+@pytest.mark.slow
 def test_the_package_does_not_load_the_libraries():
     import subprocess
     import sys

@@ -91,6 +91,7 @@ def test_without_dequantisation_they_stay_as_they_are():
     assert not source.transform.dequantize and source.transform.add_noise(x, rng()) is x
 
 
+@pytest.mark.slow
 def test_likelihoods_of_discrete_columns_are_their_probabilities():
     """A standard normal in model units is the exact density: each row's likelihood is the product of its chances."""
     x = torch.from_numpy(table(20_000)[:, [0, 2]])

@@ -278,6 +278,7 @@ def test_frames_are_taken_as_they_come_and_draws_are_frames():
         model.log_prob(theta, x.assign(unit="d"))
 
 
+@pytest.mark.slow
 def test_it_has_a_score_for_grid_searches():
     theta, x = pairs()
     search = GridSearchCV(CDMConditional(**TINY), {"width": [8, 16]}, cv=2).fit(theta, x)

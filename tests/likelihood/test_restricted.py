@@ -111,6 +111,7 @@ def pixels():
     return model, x.float(), -log_p / (16 * math.log(2))
 
 
+@pytest.mark.slow
 def test_one_pass_and_few_bound_the_code_length(pixels):
     model, x, truth = pixels
     z = log_normalizer(model, x[:200], None, Scoring(level=14), 12, 8, restricted=True, training=x[:600])

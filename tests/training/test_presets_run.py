@@ -50,7 +50,13 @@ def folder(tmp_path_factory):
 DATA = {"table": "table:{}/table.csv", "mlp": "table:{}/table.csv", "encoder": "array:{}/images.npz"}
 
 
-@pytest.mark.parametrize("preset", preset_names())
+CONDITIONAL = [name for name in preset_names() if name.endswith("-conditional")]
+"""Those of which each has a sibling without classes."""
+
+
+@pytest.mark.parametrize(
+    "preset", [pytest.param(name, marks=[pytest.mark.slow] * (name in CONDITIONAL)) for name in preset_names()]
+)
 def test_preset_trains_samples_and_reports(folder, tmp_path, monkeypatch, preset):
     monkeypatch.setenv("TORCHCDM_DATA", str(folder))
     paper = preset.startswith("cifar10") or preset == "celeba64"
