@@ -11,11 +11,14 @@ from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 WEIGHT, SUM, OFFSET = 0.5, 0.1, 0.05
 """How far each weight, their sum, and an offset in nats are expected to lie from those of the first estimate alone."""
 
+ERRORS = 2.0
+"""Standard errors by which a blend that has to be proven gains on its first estimate alone."""
+
 UNLIKELY, EASILY = 0.01, 0.2
 """Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay."""
 
 
-def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float = 0.0) -> list[float]:
+def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) -> list[float]:
     """Weights of several estimates of a log ratio, and an offset in nats: (C + 1,).
 
     The weights are those of a logistic regression of the source on the estimates (stacking, Wolpert 1992; of one
@@ -27,7 +30,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float = 0.0) -
     Args:
         numerator: Estimates at held-out samples of the numerator, (N, C).
         denominator: Estimates at held-out samples of the denominator, (M, C).
-        errors: Standard errors by which the blend has to gain on the first estimate, which stays else.
+        proven: Whether the first estimate stays unless the blend gains :data:`ERRORS`, in the place of the prior.
     """
     count = numerator.shape[1]
     plain = np.eye(count + 1)[0]
@@ -39,7 +42,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float = 0.0) -
     precision = np.diag([WEIGHT**-2] * count + [OFFSET**-2])
     precision[:count, :count] += SUM**-2
     # Over the effective number of samples, as losses are means.
-    precision *= np.square(share).sum()
+    precision *= 0.0 if proven else np.square(share).sum()
 
     def losses(weights: np.ndarray) -> np.ndarray:
         return np.logaddexp(0, -sign * (rows @ weights))
@@ -59,7 +62,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float = 0.0) -
     found = minimize(loss, plain, jac=True, method="SLSQP", bounds=bounds, constraints=at_most_one).x.round(3)
     gains = losses(plain) - losses(found)
     gain = float(share @ gains)
-    better = gain > errors * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
+    better = gain > (ERRORS if proven else 0.0) * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
     if better and (loss(plain)[0] > SEPARATE or divergence(found) >= divergence(plain)):
         return found.tolist()
     return plain.tolist()

@@ -39,9 +39,6 @@ below these a divergence is not to be trusted."""
 ROWS, NUMBERS = 10_000, 5_000_000
 """Most samples of a source that a test looks at, and numbers in them."""
 
-ERRORS = 2.0
-"""Standard errors by which a blend has to gain on the first estimate of mutual information."""
-
 LANDMARKS = 300
 """Samples that the features of a test compare with."""
 
@@ -168,7 +165,7 @@ def mutual_information(
         raise UserError(f"x and y: too few samples without copies, {len(kept)}; at least {MIN_ROWS} are needed")
     found = estimates(*(code[kept] for code in codes), steps, random_state, until, chosen_device(device or "cpu"))
     # The first estimate of independent sides is 0, a sum of several hardly ever.
-    weights = np.array(blend(*found, errors=ERRORS))
+    weights = np.array(blend(*found, proven=True))
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
 
 
