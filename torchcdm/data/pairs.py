@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, Discrete, spread
-from torchcdm.units.table import as_frame, by_place, is_frame, unnamed, without_counter
+from torchcdm.units.table import as_frame, by_place, check_numbers, is_frame, unnamed, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -194,9 +194,9 @@ def _coded(
     notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
     if set(frames[0].columns) != set(frames[1].columns):
         k = int(unnamed(frames[1].columns))
-        places = list(frames[k].columns)
+        if unnamed(frames[k].columns):
+            check_numbers(frames[1 - k], names[1 - k])
         frames[k] = by_place(frames[k], frames[1 - k].columns, names[k])
-        by_place(frames[1 - k], places, names[1 - k])  # for what it refuses
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
