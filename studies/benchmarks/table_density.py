@@ -36,7 +36,7 @@ from torch import Tensor
 from studies.benchmarks.flows import score_rows, train_flow
 from studies.budget import Budget
 from studies.compare.sklearn_peers import choose
-from torchcdm.apps.report import Candidates, gaussians, kernels, mixtures
+from torchcdm.apps.baselines import Candidates, gaussians, kernels, mixtures
 from torchcdm.estimators import CDMDensity
 from torchcdm.estimators.base import data_frame, noise_draws, noisy_copies
 from torchcdm.runtime.files import write_json

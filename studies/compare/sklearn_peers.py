@@ -12,7 +12,7 @@ from torch import Tensor
 
 from studies.budget import Budget
 from studies.compare.peer import FittedDensity, Peer, Samples, Task, Training
-from torchcdm.apps.report import (
+from torchcdm.apps.baselines import (
     LARGEST_DIM,
     Candidates,
     gaussians,

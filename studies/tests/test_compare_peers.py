@@ -19,7 +19,7 @@ from studies.compare.peers import PEERS
 from studies.compare.results import paired
 from studies.compare.torchcfm_peers import FlowMatching, Matching
 from studies.exact import ring_mixture
-from torchcdm.apps.report import baselines
+from torchcdm.apps.baselines import baselines
 from torchcdm.data import DataOptions, from_object
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule

@@ -5,7 +5,7 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 
-from torchcdm.apps.report import baselines
+from torchcdm.apps.baselines import baselines
 from torchcdm.data import DataOptions, from_object
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from small_runs import small_flags
 
 import torchcdm
-from torchcdm.apps.report import Baseline
+from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
 from torchcdm.data import load_data
 

@@ -45,7 +45,7 @@ def test_files_of_images_are_read_in_parts(tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8)
     np.save(tmp_path / "x.npy", images)
     whole = load_data(f"array:{tmp_path / 'x.npy'}", clusters=4).train.labels
-    monkeypatch.setattr("torchcdm.data.loading.NUMBERS", 48)
+    monkeypatch.setattr("torchcdm.data.clusters.NUMBERS", 48)
     assert torch.equal(load_data(f"array:{tmp_path / 'x.npy'}", clusters=4).train.labels, whole)
 
 

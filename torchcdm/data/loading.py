@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import arrays, folders, hub, named, tables
+from torchcdm.data.clusters import in_clusters, without_labels
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
 from torchcdm.data.reading import file_status
-from torchcdm.data.source import NO_LABEL, CropSplit, DataSource, Grid, LazySplit, MemorySplit, Samples, Split, single
+from torchcdm.data.source import CropSplit, DataSource, Grid, LazySplit, MemorySplit, Samples, Split, single
 from torchcdm.errors import UserError, nearest
-from torchcdm.random import evenly_spaced, permutation, stream
+from torchcdm.random import evenly_spaced, permutation
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 from torchcdm.units.table import as_frame, beyond_float32, is_frame
@@ -34,9 +35,6 @@ SMALLEST_SPLITTABLE = 10
 
 ROUNDING = 0.01
 """Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
-
-ROWS, NUMBERS, EACH = 20_000, 2**26, 10
-"""Of clusters: most samples that they are found in, numbers that are held at a time, fewest samples for each."""
 
 LOADERS: dict[str, tuple[Callable[[str, DataOptions, DataTransform | None], Samples], str]] = {
     "digits": (named.digits, ""), "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
@@ -235,7 +233,7 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
     if like is not None:
         _check_units(tuple(first.shape), samples.grid, like, name)
         scored = DataSource(name, *splits, like, samples.class_names, tuple(notes))
-        return scored if options.clusters is None else _without_labels(scored)
+        return scored if options.clusters is None else without_labels(scored)
     shape, more = tuple(first.shape), []
     if samples.grid is not None:
         low, high = samples.grid
@@ -249,7 +247,7 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
         transform = DataTransform.standardize(x)
     transform.table = table
     source = DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
-    return source if options.clusters is None else _in_clusters(source, options.clusters, options.seed)
+    return source if options.clusters is None else in_clusters(source, options.clusters, options.seed)
 
 
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:
@@ -318,35 +316,3 @@ def _check_units(shape: tuple[int, ...], grid: Grid | None, transform: DataTrans
         mend = "give whole numbers" if found is None else mend
         has, takes = ("grey levels {:g} ... {:g}".format(*at) if at else "continuous values" for at in (found, taken))
         raise UserError(f"{name}: {has}; the model takes {takes}; {mend}")
-
-
-def _without_labels(source: DataSource) -> DataSource:
-    """The same source, whose samples have no classes."""
-    bare = source.mapped(lambda split: split.relabelled(torch.full((len(split),), NO_LABEL)))
-    return replace(bare, class_names=None)
-
-
-def _in_clusters(source: DataSource, count: int, seed: int) -> DataSource:
-    """The same source with ``count`` groups of its training samples, found by k-means in model units, as classes.
-
-    A generative model of data in groups is better than one without, whoever found the groups: k-means does for images
-    (arXiv 2212.00362, 2403.00570). The other splits have none: the group of a sample says something of it that a
-    likelihood must not be told. UserError for fewer training samples than groups.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-
-    split, most = source.train, max(1, NUMBERS // source.transform.dim)
-    if len(split) < count:
-        raise UserError(f"{source.name}: data.clusters is {count}, but there are {len(split)} training samples")
-
-    def rows(z: Tensor) -> np.ndarray:
-        return z.flatten(1).float().numpy()
-
-    # Dequantised, as all that is fitted; which group a sample is in has no noise.
-    x, _ = split.tensors(max(EACH * count, min(ROWS, most)))
-    z = source.transform.encode(x, stream(seed, "clusters"))
-    found = MiniBatchKMeans(count, random_state=seed, n_init=3).fit(rows(z))
-    parts = (source.transform(split.values(k).float()) for k in torch.arange(len(split)).split(most))
-    labels = torch.from_numpy(np.concatenate([found.predict(rows(part)) for part in parts])).long()
-    names = tuple(f"cluster {k}" for k in range(count))
-    return replace(_without_labels(source), train=split.relabelled(labels), class_names=names)
