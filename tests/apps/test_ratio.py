@@ -166,6 +166,24 @@ def test_calibration_notices_a_ratio_that_is_wrong():
     assert offset.mean_inverse == pytest.approx(right.mean_inverse / math.e)
 
 
+def test_a_source_with_values_of_its_own_is_named():
+    """The exact ratio of U(0, 1) over U(0, 2): the mean of q/p over the numerator is the half that they share."""
+    (note,) = Calibration.of(np.full(500, math.log(2)), np.repeat([math.log(2), -60.0], 250)).warnings()
+    assert "mean_inverse" in note and "the denominator has values that the numerator has not" in note
+
+
+def test_few_held_out_samples_of_even_weight_are_not_told_to_be_clipped():
+    even, uneven = (np.array([top, *[0.0] * 11]) for top in (0.0, 5.0))
+    assert Calibration.of(even, even).warnings() == []
+    assert any("effective_sample_size: 1 of 12" in note for note in Calibration.of(uneven, uneven).warnings())
+
+
+def test_no_advice_on_a_network_that_nobody_asked_for(capsys):
+    """One step stands in for it, of which a report says that it was worse than its start."""
+    ratio = DensityRatio(progress=True, max_seconds=1).fit(*samples(100))
+    assert "network" not in ratio.blend and capsys.readouterr().out == ""
+
+
 def test_sources_of_different_size_weigh_the_same_in_the_calibration():
     p, q = shifted()
     some, all_ = Calibration.of(p[:2000], q), Calibration.of(p, q)

@@ -15,7 +15,7 @@ SEPARATE = 0.1
 """Log loss, nats, below which the sources hardly overlap."""
 
 FEWEST = 10
-"""Effective samples below which a weighted mean is that of a few."""
+"""Effective samples below which a weighted mean is that of a few; of fewer than twice as many, half of them."""
 
 
 def effective_sample_size(weights: Any) -> float:
@@ -87,9 +87,9 @@ class Calibration:
     """Checks of a ratio on held-out samples.
 
     Attributes:
-        mean_ratio: Mean of p/q over the denominator; 1 for the true ratio, and noisy where few samples carry it.
+        mean_ratio: Mean of p/q over the denominator; 1 for the true ratio, less where p has mass and q none; noisy.
         mean_ratio_error: Its standard error.
-        mean_inverse: Mean of q/p over the numerator; 1 for the true ratio.
+        mean_inverse: Mean of q/p over the numerator; 1 for the true ratio, less where q has mass and p none.
         mean_inverse_error: Its standard error.
         effective_sample_size: Effective sample size of the weights p/q on the denominator's samples.
         denominator: Number of the denominator's samples.
@@ -126,13 +126,14 @@ class Calibration:
                 "to be believed, its size rests on the form of the fitted densities; add samples from in between"
             ]
         found = []
-        ratio = ("mean_ratio", self.mean_ratio, self.mean_ratio_error, "p/q over the denominator")
-        inverse = ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p over the numerator")
-        for name, mean, error, over in (ratio, inverse):
+        ratio = ("mean_ratio", self.mean_ratio, self.mean_ratio_error, "p/q", "denominator", "numerator")
+        inverse = ("mean_inverse", self.mean_inverse, self.mean_inverse_error, "q/p", "numerator", "denominator")
+        for name, mean, error, of, over, other in (ratio, inverse):
             if not abs(mean - 1) <= max(3 * error, 0.2):
-                what, size = f"the mean of {over} is {mean:.2g} +- {error:.1g}", "small" if mean < 1 else "large"
-                found.append(f"{name}: {what} instead of 1, large ratios are too {size}; give more samples")
-        if self.effective_sample_size < FEWEST:
+                what = f"the mean of {of} over the {over} is {mean:.2g} +- {error:.1g} instead of 1, large ratios are"
+                why = f"too small, or the {other} has values that the {over} has not" if mean < 1 else "too large"
+                found.append(f"{name}: {what} {why}; give more samples")
+        if self.effective_sample_size < min(FEWEST, self.denominator / 2):
             what = f"{self.effective_sample_size:.0f} of {self.denominator} held-out samples carry the weights p/q"
             mend = "clip them (clip=0.99), or take a denominator nearer to the numerator"
             found.append(f"effective_sample_size: {what}: {mend}")

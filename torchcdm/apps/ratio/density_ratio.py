@@ -178,7 +178,8 @@ class DensityRatio:
         steps = config.train.steps if network else 1
         left = None if limit == math.inf else max(began + limit - time.monotonic(), 1e-3)  # one step at least
         config = replace(config, train=replace(config.train, steps=steps, max_seconds=left))
-        self._model = require_density(trained(config, source, self.device, self.progress), "a ratio")
+        # Where the network is not asked for, its one step is worth neither a bar nor advice.
+        self._model = require_density(trained(config, source, self.device, self.progress and network), "a ratio")
         estimates = [self._estimates(part) for part in held_out]
         names = [name for name in estimates[0] if network or name != "network"]
         weights = blend(*(np.stack([side[name] for name in names], 1) for side in estimates))
