@@ -292,6 +292,7 @@ def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):
     flags = small_flags(train__steps="3", sampling__n="0")
     out = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--no-report", *flags)
     assert "validation, bits/dim, lower is better: model" in out and "row" not in out
+    assert "the 10 classes of the data are not used; --model.labels joint learns them" in out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 3 and set(report["outcome"]["values"]) >= {"model", "start", "gaussian", "uniform"}
 
@@ -302,6 +303,9 @@ def test_a_dry_run_tells_the_cost_of_all_steps_and_leaves_nothing(capsys, tmp_pa
     found = re.search(r"([\d.e-]+) s a step of 8 samples; the training takes ([\d.e+]+) days, .*apart", told)
     assert found and 86400 * float(found[2]) == pytest.approx(1e8 * float(found[1]), rel=0.02)
     assert "takes 1.5 min, " in succeed(capsys, *words, "--steps", "100000000", "--budget", "90s")
+    told = succeed(capsys, *words, "--steps", "1")  # fewer than are timed
+    found = re.search(r"([\d.e-]+) s a step of 8 samples; the training takes ([\d.e-]+) s,", told)
+    assert found and float(found[2]) == float(found[1]) > 0
     assert not (tmp_path / "run").exists()
 
 

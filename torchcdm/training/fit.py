@@ -316,8 +316,9 @@ def multipliers_of(height: int, width: int) -> list[int]:
 
 
 def seconds_a_step(config: Config, source: DataSource | None, device: str | None) -> float:
-    """Seconds of a real step of a training, its data included: a mean without the first. Nothing is kept."""
+    """Mean seconds of a real step but the first, its data included, however few are asked for. Nothing is kept."""
     times = list[float]()
+    endless = replace(config.train, steps=TIMED_STEPS + 2, max_seconds=None)
 
     def clock() -> float:
         times.append(time.perf_counter())
@@ -326,5 +327,5 @@ def seconds_a_step(config: Config, source: DataSource | None, device: str | None
         return times[-1]
 
     with tempfile.TemporaryDirectory() as folder, suppress(TimeoutError):
-        loop.train(config, folder, source, device=device, progress=False, clock=clock)
+        loop.train(replace(config, train=endless), folder, source, device=device, progress=False, clock=clock)
     return (times[-1] - times[1]) / (len(times) - 2)

@@ -108,6 +108,8 @@ def train(
         config = replace(config, model=choose_base(replace(config.model, **known), source, config.data.flip))
         if speaks:
             print(f"starts from {base_in_words(config.model)}")
+            if source.classes is not None and config.model.labels == "none":
+                print(f"the {source.classes} classes of the data are not used; --model.labels joint learns them")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
         processes = Processes(device)
