@@ -136,7 +136,7 @@ class Scorer:
         found = read_array(values, Path(name), transform.shape, options)
         if name == ARRAYS[0] and values.dtype.kind == "u":
             found = found._replace(x=on_grid(found.x, int(np.iinfo(values.dtype).max), transform, Path(name)))
-        check_range(found, transform)
+        check_range(found.x, found.names, transform)
         return found, np.arange(len(values))
 
 

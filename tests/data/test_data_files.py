@@ -1,5 +1,7 @@
 """What goes to and comes from files of a trained model: read_inputs and the save functions."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torchcdm.data import (
     save_table,
     to_bytes,
 )
+from torchcdm.data.inputs import read_pictures
 from torchcdm.errors import UserError
 from torchcdm.units import DataTransform
 
@@ -195,6 +198,19 @@ def test_values_beyond_the_range_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.full((3, 6, 5), 4095, np.uint16))
     with pytest.raises(UserError, match=r"values from 4095 to 4095; the model's grey levels are 0 \.\.\. 255"):
         read_inputs(tmp_path / "x.npy", GREY)
+
+
+@pytest.mark.parametrize("low", [0, -1])
+def test_images_of_zero_to_one_are_not_taken_for_black_ones(tmp_path, low):
+    fractions = np.linspace(low, 1, 60, dtype=np.float32).reshape(2, 1, 6, 5)
+    np.save(tmp_path / "x.npy", fractions)
+    for read in (read_inputs, partial(read_inputs, noisy=True), lambda *given: read_pictures(*given, DataOptions())):
+        with pytest.raises(UserError, match=r"x.npy\[0\]: fractions of \[-1, 1\]; the .* are 0 ... 255: rescale them"):
+            read([tmp_path / "x.npy"], GREY)
+    binary = DataTransform.images((1, 6, 5), 2, low=low)  # levels of which there is no such doubt
+    assert len(read_inputs(tmp_path / "x.npy", binary, noisy=True).x) == 2
+    np.save(tmp_path / "x.npy", fractions.round())
+    assert len(read_pictures([tmp_path / "x.npy"], GREY, DataOptions())[0]) == 2
 
 
 def test_nothing_to_read(tmp_path):

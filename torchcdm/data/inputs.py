@@ -70,10 +70,8 @@ def read_inputs(
     notes += dict.fromkeys(note for inputs in found for note in inputs.notes)
     x = torch.cat([torch.empty(0, *transform.shape), *(inputs.x for inputs in found)])
     names, deviating = (sum((getattr(inputs, key) for inputs in found), []) for key in ("names", "deviating"))
-    result = Inputs(x, names, deviating, tuple(notes))
-    if not noisy:
-        check_range(result, transform)
-    return result
+    check_range(x, names, transform, noisy)
+    return Inputs(x, names, deviating, tuple(notes))
 
 
 def parts_of(
@@ -119,6 +117,7 @@ def read_pictures(
         pictures, names = [*pictures, x], [*names, printable(path)]
     if not pictures:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
+    check_range(pictures, names, transform, noisy=True)
     return pictures, names, [*notes, *left_out(bad)]
 
 
@@ -203,17 +202,19 @@ def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) ->
         raise UserError(f"{path}: {found}; the model takes {needed}")
 
 
-def check_range(found: Inputs, transform: DataTransform) -> None:
-    """Values beyond the grey levels mean another scaling than the model's; half a level is dequantisation."""
+def check_range(x: Sequence[Tensor], names: Sequence[str], transform: DataTransform, noisy: bool = False) -> None:
+    """Values of another scaling than the model's: all of them fractions of [-1, 1], nearly black among grey levels; or
+    some beyond these, half a level being dequantisation, unless they are ``noisy``."""
     low, high, bin = transform.low, transform.high, transform.bin
     if bin is None or low is None or high is None:
         return
-    x = found.x.flatten(1)
-    beyond = ((x < low - bin / 2) | (x > high + bin / 2)).any(1)
-    if beyond.any():
-        first = int(beyond.int().argmax())
-        values, levels = f"{x[first].min():g} to {x[first].max():g}", f"{low:g} ... {high:g}"
-        raise UserError(f"{found.names[first]}: values from {values}; the model's grey levels are {levels}")
+    levels = f"the model's grey levels are {low:g} ... {high:g}"
+    small = high - low > 2 and all(bool((part.abs() <= 1).all()) for part in x)
+    if small and any(bool((part != part.round()).any()) for part in x):
+        raise UserError(f"{names[0]}: fractions of [-1, 1]; {levels}: rescale them")
+    for part, name in zip(x, names, strict=True):
+        if not noisy and (part.min() < low - bin / 2 or part.max() > high + bin / 2):
+            raise UserError(f"{name}: values from {part.min():g} to {part.max():g}; {levels}")
 
 
 def without_columns(x: Tensor, names: list[str]) -> Inputs:
