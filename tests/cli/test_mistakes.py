@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from cdm_calls import refuse
+from cdm_calls import refuse, succeed
 from small_runs import small_flags
 
 
@@ -75,6 +75,13 @@ def test_images_of_a_model_of_vectors_are_refused_before_they_are_drawn(capsys, 
     assert not (tmp_path / "S").exists()
 
 
+def test_images_of_an_earlier_call_do_not_stay_among_the_new_ones(capsys, tmp_path):
+    words = ["sample", "zoo:digits", "--format", "images", "--steps", 1, "--device", "cpu", "--out", tmp_path]
+    for n in (3, 3, 4):
+        succeed(capsys, *words, "--n", n)
+    assert "holds more images, of an earlier call; choose another folder" in refuse(capsys, *words, "--n", 3)
+
+
 def test_long_values_are_cut_in_messages(capsys, tmp_path):
     for words in (["train", 5000 * "x"], ["train", "digits", "--data", 5000 * "x"]):
         error = refuse(capsys, *words, "--out", tmp_path / "R")
@@ -105,6 +112,9 @@ def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_pa
         (["sample", "RUN", "--steps", "21", "--out", "S"], "takes 1 to 20 sampling steps"),
         (["sample", "RUN", "--sampler", "ddmp", "--out", "S"], "did you mean 'ddpm'"),
         (["sample", "RUN", "--label", "3", "--out", "S"], "trained without classes"),
+        (["sample", "RUN", "--label", "balanced", "--out", "S"], "--label balanced: this model was trained without"),
+        (["sample", "RUN", "--all-of", "3,8", "--out", "S"], "--all-of 3: this model was trained without classes"),
+        (["sample", "zoo:two-moons", "--none-of", "3", "--out", "S"], "--none-of 3: this model was trained without"),
         (["sample", "RUN", "--guidance", "1", "--out", "S"], "guidance needs a class-conditional model"),
         (["sample", "RUN", "--format", "png", "--out", "S"], "invalid choice: 'png'; choose from: all, array, grid"),
         (["sample", "RUN", "--n", "four", "--out", "S"], "argument --n: 'four' is no whole number from 1"),

@@ -30,6 +30,7 @@ def files(tmp_path_factory):
     np.save(folder / "wide.npy", np.ones((8, 9)))
     np.save(folder / "texts.npy", np.full((8, 8), "a"))
     np.save(folder / "unknown.npy", np.full((8, 8), np.nan))
+    Image.fromarray(np.triu(np.full((8, 8), 255, np.uint8))).save(folder / "lossy.jpg")
     return folder
 
 
@@ -77,6 +78,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     (["x.npy", "--mask", "texts.npy"], "is no array of finite numbers"),
     (["x.npy", "--mask", "unknown.npy"], "is no array of finite numbers"),
     (["x.npy", "--mask", "no.npy"], "no.npy"),
+    (["x.npy", "--mask", "lossy.jpg"], "lossy.jpg: has grey levels; save black and white alone, as a PNG"),
     (["x.npy"], "one of the arguments --mask --blur --scale is required"),
     (["x.npy", "--blur", "1", "--scale", "2"], "not allowed with"),
     (["x.npy", "--blur", "0"], "blur: std is 0"),
@@ -88,7 +90,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     (["x.npy", "--blur", "1", "--n", "9"], "at least as many particles"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(capsys, tmp_path, pixels, files, words, message):
-    words = [files / word if word.endswith("npy") else word for word in words]
+    words = [files / word if word.endswith(("npy", "jpg")) else word for word in words]
     assert message in refuse(capsys, "restore", pixels, *words, *([] if "--n" in words else FEW[:2]), *FEW[2:],
                              "--out", tmp_path / "out")  # fmt: skip
 

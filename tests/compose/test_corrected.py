@@ -125,7 +125,7 @@ def test_particles_take_as_long_steps_as_their_weights_allow():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"particles": 64, "spacing": "even"}, "leave sampler, steps and others"),
+    ({"particles": 64, "spacing": "even"}, "leave sampler, steps, guidance and spacing out"),
     ({"particles": 4}, "at least as many particles"),
     ({"sweeps": 9}, "give particles too"),
     ({"particles": 64, "sampler": "dpm++"}, "leave sampler"),

@@ -58,8 +58,7 @@ class Explorer:
             raise UserError("the page shows models of classes or of nothing; this one is conditional on a vector")
         self.images = len(self.info.transform.shape) == 3
         self.columns = list(self.info.columns or (f"c{k}" for k in range(self.info.transform.dim)))
-        names = self.info.class_names or map(str, range(self.model.classes or 0))
-        self.labels = list(names) if self.model.classes else []
+        self.labels = list(self.info.class_names or ()) if self.model.classes else []
 
     @cached_property
     def detector(self) -> AnomalyDetector:

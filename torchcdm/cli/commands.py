@@ -95,7 +95,7 @@ def _sampling(command: Callable[..., Parser]) -> None:
     example = "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored"
     parser = command("sampling:restore", what, example, "model paths seed skip-bad quiet device")
     what = parser.add_mutually_exclusive_group(required=True)
-    add(what, "--mask FILE", "an image or .npy of the model's size, not 0 where the pixels of PATH are known", Path)
+    add(what, "--mask FILE", "black and white image, or .npy, of the model's size: not 0 where PATH is known", Path)
     add(what, "--blur S", "PATH is blurred by a Gaussian of S pixels", float)
     add(what, "--scale K", "PATH is K times smaller, each pixel a mean", count)
     add(parser, "--noise-std S", "deviation of the noise of PATH, data units; not known by default", float)

@@ -35,11 +35,13 @@ def sample(options: argparse.Namespace) -> None:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    if options.format in ("images", "all") and list(out.glob(f"{options.n:06d}.*")):
+        raise UserError(f"{out}: holds more images, of an earlier call; choose another folder, or remove them")
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # The classes of the model by number and by name.
         known = {str(k): k for k in range(model.classes or 0)}
-        known |= {name: k for k, name in enumerate(info.class_names or ())}
+        known |= {name: k for k, name in enumerate(info.class_names or ())} if known else {}
         y, target = _labels(options, model, known), _composed(model, known, options)
         how = {name: getattr(options, name) for name in SAMPLING}
         found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)
@@ -73,16 +75,15 @@ def _labels(options: argparse.Namespace, model: Denoiser, known: dict[str, int])
     """The classes that ``--label`` asks for."""
     if options.label is None:
         return None
-    if model.classes is None:
-        raise UserError(f"--label {options.label}: this model was trained without classes")
-    if options.label == "balanced":
+    if options.label == "balanced" and known:
         return balanced_labels(options.n, model.classes)
     return torch.full((options.n,), _known("label", options.label, known, "balanced"))
 
 
 def _known(flag: str, name: str, known: dict[str, int], *others: str) -> int:
     if name not in known:
-        raise UserError(f"--{flag.replace('_', '-')} {name}: {nearest(name, [*known, *others])}")
+        what = nearest(name, [*known, *others]) if known else "this model was trained without classes"
+        raise UserError(f"--{flag.replace('_', '-')} {name}: {what}")
     return known[name]
 
 
@@ -102,12 +103,11 @@ def restore(options: argparse.Namespace) -> None:
         target, how = compose.posterior(model, measurement, y, options.noise_std), {"particles": options.particles}
         found = compose.sample(target, options.n, seed=options.seed, details=True, progress=not options.quiet, **how)
         mean, (low, high) = found.mean(), found.interval()
-        width = high - low
-        means, widths, draws = [*means, mean], [*widths, width], [*draws, found.x]
+        means, widths, draws = [*means, mean], [*widths, high - low], [*draws, found.x]
         save_images(mean[None], out, info.transform, [f"{k:06d}-mean"])
-        save_images(width[None], out, None, [f"{k:06d}-width"])
+        save_images(widths[-1][None], out, None, [f"{k:06d}-width"])
         save_grid(found.x, out / f"{k:06d}-draws.png", info.transform)
-        rows.append([name, f"{k:06d}", f"{found.ess:.1f}", f"{float(width.mean()):.4g}"])
+        rows.append([name, f"{k:06d}", f"{found.ess:.1f}", f"{float(widths[-1].mean()):.4g}"])
         say([f"{name}: effective sample size {found.ess:.0f} of {options.particles}"])
     save_array(torch.stack(means), out / "mean.npy")
     save_array(torch.stack(widths), out / "width.npy")
@@ -136,6 +136,8 @@ def _measurement(options: argparse.Namespace, shape: tuple[int, ...]) -> tuple[M
     else:
         pixels = read_image(options.mask)
         colour = pixels[:-1] * (pixels[-1:] > 0) if len(pixels) in (2, 4) else pixels  # opaque black is black
+        if len(colour.unique()) > 2:  # as JPEG leaves them around its edges
+            raise UserError(f"--mask {options.mask}: has grey levels; save black and white alone, as a PNG")
         known = (colour > 0).any(0)
     if tuple(known.shape) not in (shape, shape[1:]):
         raise UserError(f"--mask {options.mask}: has shape {tuple(known.shape)}; the model takes {shape}")

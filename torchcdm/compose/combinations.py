@@ -242,13 +242,15 @@ def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
         if not models or classes is not None:
             raise UserError("compose: give one model and a list of classes, or a list of models alone")
         return [(require_density(one, "compose"), None) for one in models]
-    classes = [] if classes is None else list(classes)
+    density, classes = require_density(model, "compose"), [] if classes is None else list(classes)
     if not classes:
         raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
-    chosen = as_labels(classes, require_density(model, "compose"), len(classes)).tolist()
+    if density.classes is None:
+        raise UserError("compose: the model was trained without classes; give one that has some, or a list of models")
+    chosen = as_labels(classes, density, len(classes)).tolist()
     if len(set(chosen)) < len(chosen):
         raise UserError(f"compose: classes {chosen} name one twice")
-    return [(require_density(model, "compose"), y) for y in chosen]
+    return [(density, y) for y in chosen]
 
 
 def _require_same(one: DensityModel, other: DensityModel) -> None:

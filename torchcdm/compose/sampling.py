@@ -157,7 +157,7 @@ def sample(
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
         if sampler is not None or steps is not None or guidance or spacing == "even":
-            raise UserError("particles come down by the reverse kernels: leave sampler, steps and others out")
+            raise UserError("particles come down by reverse kernels: leave sampler, steps, guidance and spacing out")
         target = ModelTarget(model, y, batch_size)
         found = _by_particles(target, n, seed, units, corrector, particles, sweeps, spacing and WORKS, progress)
         return found if details else found.x
