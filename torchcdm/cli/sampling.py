@@ -17,7 +17,7 @@ from torchcdm.data.images import read_image
 from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.files import check_output_folder, write_rows, writing
+from torchcdm.runtime.files import check_output_folder, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
@@ -33,8 +33,7 @@ def sample(options: argparse.Namespace) -> None:
     pictures = len(info.transform.shape) == 3
     if options.format == "images" and not pictures:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
+    check_output_folder(out, ())
     if options.format in ("images", "all") and list(out.glob(f"{options.n:06d}.*")):
         raise UserError(f"{out}: holds more images, of an earlier call; choose another folder, or remove them")
     with sharing(options.device) as (device, main):
