@@ -125,8 +125,14 @@ SHIFTS = {"slope": slope, "threshold": threshold, "far": far}
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-def own(target: np.ndarray, source: np.ndarray) -> np.ndarray:
-    return DensityRatio(random_state=0, device="cpu").fit(target, source).importance_weights(source)
+def own(target: np.ndarray, source: np.ndarray, balance: np.ndarray | None = None) -> np.ndarray:
+    ratio = DensityRatio(random_state=0, device="cpu").fit(target, source)
+    return ratio.importance_weights(source, balance=balance)
+
+
+def balanced(target: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """The same weights, with the means of the target."""
+    return own(target, source, target)
 
 
 def trees(target: np.ndarray, source: np.ndarray) -> np.ndarray:
@@ -194,7 +200,9 @@ def kliep(target: np.ndarray, source: np.ndarray) -> np.ndarray:
     return best[1] @ fitted(*best)
 
 
-CONTENDERS: dict[str, Weights] = {"torchcdm": own, "trees": trees, "ulsif": ulsif, "kliep": kliep}
+CONTENDERS: dict[str, Weights] = {
+    "torchcdm": own, "balanced": balanced, "trees": trees, "ulsif": ulsif, "kliep": kliep,
+}  # fmt: skip
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 

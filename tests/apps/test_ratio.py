@@ -15,6 +15,7 @@ from sklearn.base import clone
 
 from torchcdm import DensityRatio
 from torchcdm.apps.ratio import Calibration, effective_sample_size, importance_weights
+from torchcdm.apps.ratio.checks import balanced
 from torchcdm.errors import UserError
 from torchcdm.zoo import located
 
@@ -108,6 +109,31 @@ def test_importance_weights_reweight_the_denominator_to_the_numerator(ratio):
     truth = np.exp(exact(q))
     share = [ratio.effective_sample_size(w) / 4000 for w in (weights, truth)]
     assert abs(share[0] - share[1]) < 0.1
+
+
+def test_balanced_weights_have_the_means_of_the_numerator(ratio):
+    p, q = samples(2000, seed=7)
+    weights = ratio.importance_weights(q, balance=p)
+    assert weights.mean() == pytest.approx(1) and (weights >= 0).all()
+    # Of the columns as the fit bends them, which is hardly at all here.
+    off = np.abs(np.average(q, axis=0, weights=weights) - p.mean(axis=0)) / p.std(axis=0)
+    plain = np.abs(np.average(q, axis=0, weights=ratio.importance_weights(q)) - p.mean(axis=0)) / p.std(axis=0)
+    assert off.max() < 0.02 < plain.max()
+    with pytest.raises(UserError, match="3 column.s.; 2 are needed"):
+        ratio.importance_weights(q, balance=np.ones((5, 3)))
+
+
+def test_balancing_equal_weights_gives_the_ratio_of_two_normals_of_one_deviation():
+    rng = np.random.default_rng(0)
+    x, target = rng.normal(size=(20_000, 2)), rng.normal(size=(20_000, 2)) + [1, 0]
+    log = np.log(balanced(np.ones(len(x)), x, target))
+    assert np.abs(log - (x[:, 0] - 0.5)).mean() < 0.05
+
+
+def test_weights_stay_finite_where_no_weights_have_the_means():
+    x = np.random.default_rng(0).normal(size=(200, 2))
+    weights = balanced(np.append(0.0, np.ones(199)), np.c_[x, np.ones(200)], np.full((50, 3), 9.0))
+    assert np.isfinite(weights).all() and weights[0] == 0 and weights.sum() == pytest.approx(200)
 
 
 def test_weights_by_hand():

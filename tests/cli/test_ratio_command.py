@@ -103,6 +103,14 @@ def test_the_test_of_two_samples_names_the_column(capsys, tmp_path, files):
     assert found["p_value"] < 0.01 and found["columns"][0][0] == "height"
 
 
+def test_balanced_weights_give_the_query_the_means_of_the_numerator(capsys, tmp_path, files):
+    numerator, denominator, _ = files
+    run(capsys, numerator, denominator, denominator, "--balance", "--csv", tmp_path / "w.csv")
+    weights = [float(row["weight"]) for row in csv.DictReader((tmp_path / "w.csv").open())]
+    new, old = (np.loadtxt(path, delimiter=",", skiprows=1) for path in (numerator, denominator))
+    assert np.abs(np.average(old, axis=0, weights=weights) - new.mean(axis=0)).max() < 0.05
+
+
 def test_mutual_information_of_two_tables(capsys, tmp_path):
     draw = np.random.RandomState(0)
     x = draw.normal(size=(400, 2))

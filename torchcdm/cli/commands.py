@@ -156,6 +156,7 @@ def _comparing(command: Callable[..., Parser]) -> None:
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
     add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)
+    add(parser, "--balance", "the weights give the query the numerator's means, column by column", bool)
     add(parser, "--discrete", "columns of few values: dequantize or error", default="dequantize")
     add(parser, "--size HxW", "images are resized to this")
     add(parser, "--channels N", "images are converted to so many channels", int)

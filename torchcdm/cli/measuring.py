@@ -77,6 +77,8 @@ def ratio(options: argparse.Namespace) -> None:
     ratio.fit(options.numerator, options.denominator)
     scores = ratio.scores(options.query)
     weights = importance_weights(scores.log_ratio, options.clip)
+    if options.balance:
+        weights = ratio.importance_weights(options.query, options.clip, options.numerator)
     if options.save is not None:
         ratio.save(options.save)
     if options.csv is not None:

@@ -7,7 +7,8 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit, logsumexp
+from scipy.optimize import minimize
+from scipy.special import expit, logsumexp, softmax
 
 from torchcdm.errors import UserError
 
@@ -50,6 +51,23 @@ def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.n
     limit = np.inf if clip is None else np.quantile(log_ratio, clip)
     weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
     return weights / weights.mean()
+
+
+def balanced(weights: np.ndarray, x: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Weights (N,) times exp(x a), mean 1, whose weighted means of ``x`` (N, d) are those of ``target`` (M, d).
+
+    Entropy balancing (Hainmueller, 2012): of all weights with these means those nearest to the given ones. A normal
+    prior of ``a`` stands in for means that no weights have.
+    """
+    scale = target.std(axis=0)
+    x = (x - target.mean(axis=0)) / np.where(scale > 0, scale, 1)
+    start = np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+
+    def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
+        tilted = start + x @ a
+        return logsumexp(tilted) + a @ a / (2 * len(x)), softmax(tilted) @ x + a / len(x)
+
+    return softmax(start + x @ minimize(loss, np.zeros(x.shape[1]), jac=True).x) * len(x)
 
 
 def as_floats(values: Any, name: str) -> np.ndarray:

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
 from torchcdm.apps.ratio.blending import blend, most
-from torchcdm.apps.ratio.checks import SEPARATE, Calibration, effective_sample_size, importance_weights, log_loss
+from torchcdm.apps.ratio.checks import (
+    SEPARATE,
+    Calibration,
+    balanced,
+    effective_sample_size,
+    importance_weights,
+    log_loss,
+)
 from torchcdm.apps.ratio.classifiers import Classifiers
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
 from torchcdm.apps.ratio.information import FEW, Estimate, TwoSampleTest, divergence, two_sample_test
@@ -264,7 +271,7 @@ class DensityRatio:
         with np.errstate(over="ignore"):
             return np.exp(self.log_ratio(x))
 
-    def importance_weights(self, x: Any, clip: float | None = None) -> np.ndarray:
+    def importance_weights(self, x: Any, clip: float | None = None, balance: Any = None) -> np.ndarray:
         """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,).
 
         Warns where a few samples have nearly all the weight.
@@ -272,8 +279,13 @@ class DensityRatio:
         Args:
             x: Samples of the denominator.
             clip: Weights above this quantile of them, a share such as 0.999, are set to it: less variance, some bias.
+            balance: Samples of the numerator whose means the weighted samples get: of each pixel, or of each column
+                bent towards a normal, see :func:`torchcdm.apps.ratio.checks.balanced`.
         """
         weights = importance_weights(self.log_ratio(x), clip)
+        if balance is not None:
+            sides = (read_query(side, self._model.info.transform, self._warp, self._options) for side in (x, balance))
+            weights = balanced(weights, *(side.x.flatten(1).double().numpy() for side in sides))
         if (size := effective_sample_size(weights)) < min(FEW, len(weights) / 10):
             warnings.warn(f"{size:.0f} of {len(weights)} samples carry the weights p/q; clip them", stacklevel=2)
         return weights
