@@ -18,6 +18,9 @@ SEPARATE = 0.1
 FEWEST = 10
 """Effective samples below which a weighted mean is that of a few; of fewer than twice as many, half of them."""
 
+FARTHEST, PRIOR_ROWS = 3.0, 30
+"""Deviations of the target up to which balanced weights see a column, and rows that their prior counts as."""
+
 
 def effective_sample_size(weights: Any) -> float:
     """(sum w)² / sum w² of weights (N,): as many equal ones tell as much (Kish, 1965). UserError for negative ones."""
@@ -56,16 +59,19 @@ def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.n
 def balanced(weights: np.ndarray, x: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Weights (N,) times exp(x a), mean 1, whose weighted means of ``x`` (N, d) are those of ``target`` (M, d).
 
-    Entropy balancing (Hainmueller, 2012): of all weights with these means those nearest to the given ones. A normal
-    prior of ``a`` stands in for means that no weights have.
+    Entropy balancing (Hainmueller, 2012): of all weights with these means those nearest to the given ones. Columns end
+    at :data:`FARTHEST`, so that no row far out is tilted away, and the prior of ``a`` gives way where no weights have
+    the means.
     """
     scale = target.std(axis=0)
-    x = (x - target.mean(axis=0)) / np.where(scale > 0, scale, 1)
+    scale[scale == 0] = 1
+    x, target = (np.clip((part - target.mean(axis=0)) / scale, -FARTHEST, FARTHEST) for part in (x, target))
+    x = x - target.mean(axis=0)
     start = np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
 
     def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
         tilted = start + x @ a
-        return logsumexp(tilted) + a @ a / (2 * len(x)), softmax(tilted) @ x + a / len(x)
+        return len(x) * logsumexp(tilted) + PRIOR_ROWS / 2 * a @ a, len(x) * softmax(tilted) @ x + PRIOR_ROWS * a
 
     return softmax(start + x @ minimize(loss, np.zeros(x.shape[1]), jac=True).x) * len(x)
 
