@@ -279,8 +279,8 @@ class DensityRatio:
         Args:
             x: Samples of the denominator.
             clip: Weights above this quantile of them, a share such as 0.999, are set to it: less variance, some bias.
-            balance: Samples of the numerator whose means the weighted samples get: of each pixel, or of each column
-                bent towards a normal, see :func:`torchcdm.apps.ratio.checks.balanced`.
+            balance: Samples of the numerator whose means the weighted samples get, of each pixel or of each column
+                bent towards a normal; nearly, see :func:`torchcdm.apps.ratio.checks.balanced`.
         """
         weights = importance_weights(self.log_ratio(x), clip)
         if balance is not None:
