@@ -73,9 +73,8 @@ class AnomalyDetector:
         The ``reference`` is normal data that the model was not trained on, data units, (N, *shape). UserError where it
         is too small, of another shape than the model's, or not finite.
         """
-        reference, least = as_samples(self.models[0], reference, 2), 2 * SCORES[self.name].smallest_reference
-        if len(reference) < least:
-            raise UserError(f"the reference holds {len(reference)} samples; '{self.name}' takes at least {least}")
+        least = 2 * SCORES[self.name].smallest_reference
+        reference = as_samples(self.models[0], reference, least, f"'{self.name}'")
         order = torch.randperm(len(reference), generator=stream(0, "halves"))
         half = len(reference) // 2
         self.learn(self.features(reference[order[:half]]))

@@ -79,15 +79,15 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
     return in_batches(model, x, one)
 
 
-def as_samples(model: Denoiser, x: Any, smallest: int = 1) -> Tensor:
+def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> Tensor:
     """Samples (N, *shape) for the model as a tensor on the CPU.
 
-    UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``.
+    UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``, as ``what`` needs.
     """
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
     model.check_inputs(x, data=True)
     if len(x) < smallest:
-        raise UserError(f"the reference holds {len(x)} samples; it takes at least {smallest}")
+        raise UserError(f"the reference holds {len(x)} samples; {what} takes at least {smallest}")
     return x
 
 
