@@ -291,6 +291,9 @@ def test_a_warning_of_a_fit_points_at_the_call(monkeypatch):
         with pytest.warns(UserWarning, match="left out") as found, pytest.raises(UserError, match="are described"):
             kind().fit(*given)
         assert {warning.filename for warning in found} == {__file__}
+    with pytest.warns(UserWarning, match="left out") as found, pytest.raises(UserError, match="are described"):
+        CDMOutlierDetector().fit_predict(frame)  # scikit-learn calls fit
+    assert {warning.filename for warning in found} == {__file__}
 
 
 def test_overrides_are_read_before_the_data():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -55,26 +56,7 @@ DRAWS = 8
 
 SMALLEST_TABLE = 10
 SMALL, LARGE = 3_000, 50_000
-"""Rows up to which, and from which on, a table is small or large: see :func:`size_fields`."""
-
-
-def size_fields(rows: int, conditional: bool = False) -> dict[str, Any]:
-    """What the number of training rows changes in a preset for vectors: small tables are overfit within some hundred
-    steps; larger ones, and densities far from their start, take a network without dropout, and faster steps. Given x,
-    steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct.
-    """
-    if rows <= SMALL:
-        return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if conditional else {}
-    backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
-    train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
-    if conditional and rows < LARGE:
-        backbone = {"width": 64, "depth": 2, "dropout": 0.05}
-        return {"model": {"components": 1, "backbone": backbone}, "train": train | {"lr": 5e-3, "steps": 3000}}
-    if rows >= LARGE:
-        backbone |= {"width": 256}
-        train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
-    return {"model": {"backbone": backbone}, "train": train}
-
+"""Rows up to which, and from which on, a table is small or large: see :meth:`TableEstimator._sized`."""
 
 WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
@@ -101,7 +83,7 @@ class TableEstimator(BaseEstimator):
         depth: Blocks of the network.
         dropout: Rate inside the blocks.
         components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None, unless
-            :func:`size_fields` has a number. So is their shrinkage, unless ``overrides`` has a ``model.shrinkage``.
+            :meth:`_sized` has a number. So is their shrinkage, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``train.validate_every``.
         max_seconds: Training stops after so much time, the choice of the mixture included.
         validation_fraction: Share of the rows that early stopping watches, and that training does not see.
@@ -147,14 +129,17 @@ class TableEstimator(BaseEstimator):
     random_state: Any = None
     verbose: Any = 0
 
-    def _describe(self, frame: DataFrame, name: str, has_density: bool = True, level: int = 3) -> TableEncoding:
-        """The columns of a training table, and what is to be known of them: notes; a warning ``level`` frames up."""
+    def _describe(self, frame: DataFrame, name: str, has_density: bool = True) -> TableEncoding:
+        """The columns of a training table, and what is to be known of them: notes, and a warning."""
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
         if has_density and self.discrete == "error" and uncountable:
             what = f"column '{uncountable[0]}' holds values that come back, so that its density has no upper bound"
             raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
+            at, level = sys._getframe(), 1  # scikit-learn's fit_predict calls fit
+            while at.f_back and at.f_globals.get("__name__", "").partition(".")[0] in ("torchcdm", "sklearn"):
+                at, level = at.f_back, level + 1
             warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=level)
         self._say(*(f"{name}: {note}" for note in [*frame.attrs.get("notes", ()), *notes]))
         return table
@@ -236,7 +221,21 @@ class TableEstimator(BaseEstimator):
         make_config(preset_fields(self.preset), override_fields(self._fields(SMALL, conditional)))
 
     def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
-        return size_fields(rows, conditional)
+        """What the number of training rows changes in a preset for vectors. Small tables are overfit within some
+        hundred steps; larger ones, and densities far from their start, take no dropout, and faster steps. Given x,
+        steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct.
+        """
+        if rows <= SMALL:
+            return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if conditional else {}
+        backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
+        train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
+        if conditional and rows < LARGE:
+            backbone = {"width": 64, "depth": 2, "dropout": 0.05}
+            return {"model": {"components": 1, "backbone": backbone}, "train": train | {"lr": 5e-3, "steps": 3000}}
+        if rows >= LARGE:
+            backbone |= {"width": 256}
+            train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
+        return {"model": {"backbone": backbone}, "train": train}
 
     def _fields(self, rows: int, conditional: bool) -> dict[str, Any]:
         """The configuration on top of the preset."""

@@ -83,9 +83,9 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         """+1 for a normal row, -1 for an outlier, (N,)."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
-    def _describe(self, frame: Any, name: str, has_density: bool = True, level: int = 3) -> TableEncoding:
+    def _describe(self, frame: Any, name: str, has_density: bool = True) -> TableEncoding:
         # Under the noise of the robust score values that come back need no cells.
-        return super()._describe(frame, name, has_density and self.contamination == "auto", level + 1)
+        return super()._describe(frame, name, has_density and self.contamination == "auto")
 
     def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
         fields = super()._sized(rows, conditional)
