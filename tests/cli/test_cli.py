@@ -19,7 +19,7 @@ from small_runs import small_flags
 import torchcdm
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
-from torchcdm.data import load_data
+from torchcdm.data import load_data, save_images
 
 
 def test_a_process_exits_with_two(tmp_path):
@@ -229,6 +229,14 @@ def test_denoising_removes_noise(capsys, tmp_path, pixels):
         with (out / "noise.csv").open() as file:
             found = [float(row["noise_std"]) for row in csv.DictReader(file)]
         assert 3 < np.median(found) < 5.5 and len(list(out.glob("*.png"))) == 20
+
+
+def test_an_image_larger_than_the_model_keeps_its_size_and_the_command_says_so(capsys, tmp_path, pixels):
+    save_images(torch.full((1, 1, 12, 20), 100.0), tmp_path, None, ["large"])
+    words = ("denoise", pixels, tmp_path / "large.png", "--level", "5", "--device", "cpu", "--out", tmp_path / "out")
+    assert main([str(word) for word in words]) == 0
+    assert capsys.readouterr().err == "images keep their size, by tiles of the model's 8 x 8 pixels\n"
+    assert Image.open(tmp_path / "out" / "000000.png").size == (20, 12)
 
 
 @pytest.fixture(scope="module")

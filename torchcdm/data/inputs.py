@@ -118,6 +118,8 @@ def read_pictures(
     if not pictures:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
     check_range(pictures, names, transform, noisy=True)
+    if shape is None and any(x.shape != transform.shape for x in pictures):
+        notes.append("images keep their size, by tiles of the model's {1} x {2} pixels".format(*transform.shape))
     return pictures, names, [*notes, *left_out(bad)]
 
 
