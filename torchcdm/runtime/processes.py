@@ -75,7 +75,8 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.zeros(1, device=name, dtype=torch.float64).item()
     except (RuntimeError, AssertionError, TypeError, ImportError) as error:
         why = reason(error).split(". ")[0]
