@@ -86,9 +86,9 @@ class Scorer:
     def __call__(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Scores of a batch; UserError for one that does not fit the model, or a file that cannot be read.
 
-        Gives ``score``, ``percentile`` among normal data, ``flag``, ``deviating`` (holds what training never had) and
-        ``where`` beside the columns of the batch; of files, which may hold many rows, beside ``input`` and ``note``:
-        the first row says what was left out, an empty one, its ``input`` "", where all was.
+        Gives ``score`` (infinite of a new text), ``percentile`` among normal data, ``flag``, ``deviating`` (holds what
+        training never had) and ``where`` beside the columns of the batch; of files, which may hold many rows, beside
+        ``input`` and ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was.
         """
         if PATH in batch and PATH not in (self.info.columns or ()):
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
@@ -107,6 +107,9 @@ class Scorer:
         """What is said of inputs, as of :meth:`__call__`, beside ``input``, their names."""
         scores = self.detector.score(found.x) if found.names else torch.empty(0).double()
         deviating = torch.tensor([bool(columns) for columns in found.deviating], dtype=torch.bool)
+        # What the model sees of a text or a missing number that training never had stands for something else.
+        unknown = [not set(self.info.columns or ()).isdisjoint(odd.split(", ")) for odd in found.deviating]
+        scores[torch.tensor(unknown, dtype=torch.bool)] = torch.inf
         flags = self.detector.flags(scores, self.fpr) | deviating
         where = np.full(len(flags), "", object)
         if self.explain is not None and flags.any():
