@@ -161,8 +161,13 @@ def test_a_saved_network_of_ones_own_must_be_given(tmp_path, capsys):
         torchcdm.load(tmp_path / "kept")
     assert main(["sample", str(tmp_path / "kept"), "--out", str(tmp_path / "x")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(UserError, match="in the file, .* in the model"):
+    with pytest.raises(UserError, match="0.weight is .* in the model; give the trained Sequential"):
         torchcdm.load(tmp_path / "kept", backbone=nn.Sequential(nn.Linear(3, 8), nn.SiLU(), CumulativeHead(8, 32)))
+    with pytest.raises(UserError, match="missing in the model; give the trained Sequential"):
+        torchcdm.load(tmp_path / "kept", backbone=network)
+    assert main(["info", str(tmp_path / "kept")]) == 0
+    told, count = capsys.readouterr().out, sum(part.numel() for part in network().parameters())
+    assert f"custom, {count} parameters" in told and "Sequential, for torchcdm.load(path, backbone=module)" in told
     with pytest.raises(UserError, match="leave backbone out"):
         torchcdm.load("zoo:two-moons", backbone=network())
 

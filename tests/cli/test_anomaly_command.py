@@ -7,17 +7,20 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from damage import resealed
 from PIL import Image
 from small_runs import small_flags
 
+import torchcdm
 from torchcdm import load
 from torchcdm.apps.anomaly import SCORES, AnomalyDetector
 from torchcdm.apps.anomaly.detector import trained_on
 from torchcdm.cli import main
 from torchcdm.data import DataOptions, load_data, save_images
+from torchcdm.estimators import CDMOutlierDetector
 
 
 def train(folder, preset, *words):
@@ -156,9 +159,26 @@ def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
     out = score(capsys, *words)
     numbers = json.loads((tmp_path / "s.json").read_text())
     assert numbers["flags"] == [False, True, False, True] and numbers["flagged"] == numbers["deviating"] == 2
+    assert None not in numbers["scores"], "the model does not see the column, so that the rest has its score"
     assert "2 of them whatever their score: they hold what training never had" in out
     out = score(capsys, run, tmp_path / "without.csv", *words[2:])
     assert json.loads((tmp_path / "s.json").read_text())["flagged"] == 0 and "whatever" not in out
+
+
+def test_a_text_that_training_never_had_has_no_score_of_another_one(capsys, tmp_path):
+    draw = np.random.RandomState(0)
+    good = pd.DataFrame({"site": draw.choice(["east", "west"], 300, p=[0.9, 0.1]), "volt": draw.normal(size=300)})
+    good.to_csv(tmp_path / "good.csv", index=False)
+    pd.DataFrame({"site": ["east", "north", "east"], "volt": [0, 0, ""]}).to_csv(tmp_path / "new.csv", index=False)
+    run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
+    paths = (tmp_path / "good.csv", "--csv", tmp_path / "s.csv", "--plot", tmp_path / "s.png", "--json", "-")
+    told = json.loads(score(capsys, run, tmp_path / "new.csv", "--reference", *paths))
+    assert told["scores"][0] is not None and told["scores"][1:] == [None, None] and told["deviating"] == 2
+    assert told["percentiles"][1:] == pytest.approx([100 * 150 / 151] * 2, rel=1e-6)
+    assert told["flags"] == [False, True, True]
+    rows = list(csv.DictReader((tmp_path / "s.csv").open()))
+    assert [row["score"] for row in rows[1:]] == ["inf", "inf"]
+    assert rows[1]["where"] == "site (unlike any in training)" and (tmp_path / "s.png").exists()
 
 
 def test_the_ratio_needs_and_takes_a_background(capsys, tmp_path, run, queries):
@@ -202,6 +222,18 @@ def test_a_run_whose_data_have_no_validation_split_asks_for_a_reference(capsys, 
     other = shutil.copytree(run, tmp_path / "run")
     resealed(other / "config.json", lambda info: info["data"].update(validation_fraction=0.0))
     assert "validation split is empty" in (error := refuse(capsys, other, queries)) and "--reference PATH" in error
+
+
+def test_a_model_of_data_that_python_gave_says_so(capsys, tmp_path, queries):
+    rows = np.random.RandomState(0).normal(size=(60, 2))
+    np.save(tmp_path / "rows.npy", rows)
+    torchcdm.fit(rows, out=tmp_path / "run", steps=2, progress=False)
+    CDMOutlierDetector(steps=2, random_state=0).fit(rows).save(tmp_path / "kept")
+    for name, by in (("run", "Python"), ("kept", r"CDMOutlierDetector (in Python CDMOutlierDetector.load reads it)")):
+        error = refuse(capsys, tmp_path / name, tmp_path / "rows.npy")
+        assert f"trained by {by}, on data that are not kept" in error and error.endswith("by --reference PATH\n")
+        words = ("--reference", tmp_path / "rows.npy", "--json", "-")
+        assert len(json.loads(score(capsys, tmp_path / name, tmp_path / "rows.npy", *words))["scores"]) == 60
 
 
 def test_maps_stand_beside_the_scores(capsys, tmp_path, run, queries):

@@ -111,7 +111,9 @@ def test_files_and_series(tmp_path):
     x = np.random.RandomState(0).normal(size=(60, 2))
     np.savetxt(tmp_path / "t.csv", x, delimiter=",", header="a,b", comments="")
     small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
-    assert torchcdm.fit(tmp_path / "t.csv", **small).shape == (2,)
+    model = torchcdm.fit(tmp_path / "t.csv", **small)
+    assert model.shape == (2,) and model.info.data.spec == f"table:{tmp_path}/t.csv"
+    assert torchcdm.fit(x, preset="two-moons", **small).info.data.spec is None, "not the data of the preset"
     pd = pytest.importorskip("pandas")
     assert torchcdm.fit(pd.Series(np.arange(60.0) ** 2), **small).shape == (1,)
 

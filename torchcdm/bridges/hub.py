@@ -53,7 +53,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False) -
         model = load(model)
     info = model.info or info_of(model)
     kind, colon, place = (info.data.spec or "").partition(":")
-    if kind != "hf" or Path(place).is_absolute():  # others of hf are names on the Hub
+    if kind and (kind != "hf" or Path(place).is_absolute()):  # others of hf are names on the Hub
         info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{Path(place).name}"))
     weights = sum(part.numel() for part in model.parameters())
     text = card or model_card(repository, info, weights, report=report, use=f"hub:{repository}")

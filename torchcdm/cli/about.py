@@ -7,10 +7,10 @@ import argparse
 from torchcdm.bridges.hub import push as pushed
 from torchcdm.cli.arguments import tell
 from torchcdm.training.build import base_in_words
-from torchcdm.training.checkpoint import load, state_folders
+from torchcdm.training.checkpoint import read_run, state_folders
 from torchcdm.training.config_files import make_config, preset_about, preset_fields, preset_names
-from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.zoo import HOME, about, located, names
+from torchcdm.training.run_folder import read_metrics
+from torchcdm.zoo import HOME, about, names
 
 
 def presets(options: argparse.Namespace) -> None:
@@ -37,16 +37,17 @@ def zoo(options: argparse.Namespace) -> None:
 
 def info(options: argparse.Namespace) -> None:
     """Architecture, data and training of a run."""
-    model, run = load(options.model), RunFolder(located(options.model))
-    info, lines = model.info, read_metrics(run.metrics)
+    run, info, (tensors,) = read_run(options.model)
+    lines, network = read_metrics(run.metrics), info.model.backbone
     config, kept, shape = info.model, info.selected, "x".join(map(str, info.transform.shape))
     what = {"cdm": "a classification diffusion model", "ddm": "a plain diffusion model"}[config.kind]
     best = f": {kept['value']} {kept['best']:.4g} {kept['unit']}".rstrip() + " on validation" if "best" in kept else ""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = sum(value.numel() for key, value in tensors.items() if key.startswith("backbone."))
     grid, how = info.transform, {"none": "not used by the model", "input": "an input", "joint": "all in one pass"}
     values = {
         "model": f"{what} of samples {shape}, preset {info.preset}",
-        "network": f"{config.backbone.name}, {count:,} parameters; starts from {base_in_words(config)}",
+        "network": f"{network.name}, {count:,} parameters; starts from {base_in_words(config)}",
+        "module": (own := getattr(network, "module", None)) and f"{own}, for torchcdm.load(path, backbone=module)",
         "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
         "data": info.data.spec or "given in Python",
         "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",

@@ -255,8 +255,8 @@ def config_of(model: Denoiser) -> ModelConfig:
         form = next((key for key, kind in DIAGONAL.items() if type(base.rotation) is kind), form)
     elif isinstance(base, MixtureMarginals):
         components, own = len(base.log_weights), base.class_log_weights is not None
-    parts = {"backbone": BACKBONES["custom"](), "schedule": SCHEDULE_SETTINGS[name](**given)}
+    parts = {"backbone": BACKBONES["custom"](module=type(model.backbone).__name__)}
     fitted = {"gaussian": isinstance(base, FittedBase), "components": components, "shrinkage": 0.0, "form": form}
     kind = "ddm" if model.density is None else "cdm"
     labels = "joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none"
-    return ModelConfig(kind, labels, **fitted, class_gaussians=own, **parts)
+    return ModelConfig(kind, labels, **fitted, class_gaussians=own, **parts, schedule=SCHEDULE_SETTINGS[name](**given))

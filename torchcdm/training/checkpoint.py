@@ -89,6 +89,9 @@ class ModelInfo:
         UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
+        if options.spec is None:
+            by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
+            raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")
         source = load_data(options, self.transform)
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
@@ -131,7 +134,7 @@ def info_of(model: Denoiser) -> ModelInfo:
 
 def read_info(run: str | Path) -> ModelInfo:
     """``config.json`` of a run."""
-    return _read(run, weights=False)[1]
+    return read_run(run, weights=False)[1]
 
 
 def load(
@@ -155,7 +158,7 @@ def load(
         >>> model.log_prob(torch.zeros(1, 2)).shape
         torch.Size([1])
     """
-    folder, info, (tensors,) = _read(run)
+    folder, info, (tensors,) = read_run(run)
     network, classes = info.model.backbone, None if info.class_names is None else len(info.class_names)
     if network.name != "custom":
         if backbone is not None:
@@ -171,28 +174,28 @@ def load(
         if not (network.code and trust_code):
             trusted = f", or trust_code=True, which runs {network.code}" if network.code else ""
             mend = f"load it by torchcdm.load(path, backbone=module){trusted}"
-            raise UserError(f"{run}: has a network of your own; {mend}")
+            raise UserError(f"{run}: has a network of your own, {network.module}; {mend}")
         if str(run).startswith("hub:"):
             raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
         backbone = imported(network.code)
     model = build_model(info.model, info.transform, classes, backbone=backbone)
     if "moments.means" in tensors:
         model.moments = Moments.blank(info.transform.dim, model.classes or 0)
-    _fill(model, tensors, folder.model)
+    _fill(model, tensors, folder.model, f"give the trained {network.module}" if network.name == "custom" else MEND)
     model.info = info
     return model.eval().requires_grad_(False).to(chosen_device(device))
 
 
 def load_weights(model: Denoiser, run: str | Path) -> ModelInfo:
     """Fills a model with the weights of a run; gives what is said of them."""
-    folder, info, (tensors,) = _read(run)
+    folder, info, (tensors,) = read_run(run)
     _fill(model, tensors, folder.model)
     return info
 
 
 def load_matching(model: Denoiser, run: str | Path) -> list[str]:
     """Copies the weights of a run that the model has, too, with the same shape; gives the names of all others."""
-    own, (tensors,) = dict(model.named_parameters()), _read(run)[2]
+    own, (tensors,) = dict(model.named_parameters()), read_run(run)[2]
     fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
     if not fitting:
         raise UserError(f"{run}: none of its weights fits this network")
@@ -200,8 +203,8 @@ def load_matching(model: Denoiser, run: str | Path) -> list[str]:
     return [key for key in own if key not in fitting]
 
 
-def _read(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
-    """The folder of a trained model, what is said of it, and its tensors."""
+def read_run(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
+    """The folder of a trained model, what is said of it, and its tensors; UserError as of :func:`load`."""
     folder = RunFolder(located(run))
     for path in (folder.model_info, folder.model):
         if not os.path.exists(path):  # false, too, where the system refuses the name
@@ -209,9 +212,9 @@ def _read(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, 
     return folder, *read_artefact(folder.model_info, KINDS, [folder.model.name] * weights, form=ModelInfo)
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mend: str = MEND) -> None:
     own = module.state_dict()
-    check_shapes(own, tensors, path, MEND)
+    check_shapes(own, tensors, path, mend)
     for key, value in tensors.items():  # a buffer of one's own, such as a causal mask, may be infinite
         if own[key].isfinite().all() and not value.to(own[key].dtype).isfinite().all():
             damaged(path, f"{key} is not finite")

@@ -25,7 +25,7 @@ from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.validation import read_as
 from torchcdm.training import loop
 from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
@@ -36,7 +36,7 @@ from torchcdm.training.settings import BACKBONES, Config, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
 
-KINKED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
+KINKED = {"Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Threshold"}  # as autograd calls them
 
 OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
 IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize", "clusters")
@@ -96,7 +96,7 @@ def fit(
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
-        custom = BACKBONES["custom"](code=code)
+        custom = BACKBONES["custom"](code=code, module=type(network).__name__)
         labels = "joint" if getattr(network, "joint", False) else seen
         config = replace(config, model=replace(config.model, backbone=custom, labels=labels))
         check_network(network, source, config.model.schedule.T + 2)
@@ -162,15 +162,12 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         raise UserError(f"the network has {classes} classes and the data {source.classes or 'none'}; they must agree")
     if denoiser:
         return
-    if kinked := next((part for part in network.named_modules() if isinstance(part[1], KINKED)), None):
-        what = f"module '{kinked[0]}' is {type(kinked[1]).__name__}, whose kinks make the denoiser jump"
-        warnings.warn(f"{what}: use nn.SiLU, or another smooth activation", UserWarning, stacklevel=3)
     device = next(network.parameters(), torch.empty(())).device
-    x = torch.zeros(2, *source.shape, device=device, dtype=dtype)
+    x = torch.zeros(2, *source.shape, device=device, dtype=dtype, requires_grad=True)
     y = () if classes is None else (torch.zeros(2, dtype=torch.long, device=device),)
     wanted = (2, classes, levels) if joint else (2, levels)
     try:
-        with torch.no_grad():
+        with evaluation_mode(network):
             h = network(x, *y)
     except RuntimeError as error:
         raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason(error)})") from None
@@ -178,6 +175,13 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
     if found != wanted:
         mend = f"end it with torchcdm.networks.heads.CumulativeHead(features, levels={levels})"
         raise UserError(f"the network gives {found} for two samples; {wanted} is needed, a number a level: {mend}")
+    seen, new = set(), {h.grad_fn} - {None}
+    while new:
+        seen |= new
+        new = {parent for node in new for parent, _ in node.next_functions} - seen - {None}
+    if kinked := {node.name().removesuffix("Backward0") for node in seen} & KINKED:
+        what = f"the network has a {min(kinked)}, whose kinks make the denoiser jump"
+        warnings.warn(f"{what}: use nn.SiLU, or another smooth activation", UserWarning, stacklevel=3)
 
 
 def trained(
@@ -206,7 +210,7 @@ def trained(
 def _prepared(
     caller: str, data: Any, labels: Any, preset: str | None, overrides: Mapping[str, Any], progress: bool
 ) -> tuple[DataSource, list[dict[str, Any]]]:
-    """The data, and the fields of preset and overrides; those of the data without effect are refused."""
+    """The data, and the fields of preset and overrides, whose SPEC is that of the data; others without effect fail."""
     layer = override_fields(overrides, caller)
     options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
     unused = ("spec",) if from_files else OF_FILES
@@ -221,6 +225,7 @@ def _prepared(
         source = from_object(data, labels, options)
     if progress:
         print(*source.notes, sep="\n")
+    layer = merge(layer, {"data": {"spec": source.name if from_files or isinstance(data, DataSource) else None}})
     return source, [preset_fields(preset or ("mlp" if len(source.shape) == 1 else "encoder")), layer]
 
 

@@ -91,8 +91,6 @@ def train(
         if config.data.label is not None and config.model.labels == "none":
             what = f"label '{config.data.label}' names a column of classes, but this model takes none"
             raise UserError(f"{what}; add --model.labels joint to learn them, or leave the column out by --drop")
-        if config.data.spec is None:
-            config = replace(config, data=replace(config.data, spec=source.name))
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))

@@ -25,9 +25,10 @@ class OwnNetwork:
 
     Args:
         code: Where it is made, see :func:`torchcdm.training.build.imported`; None where a module was given.
+        module: Its class, for ``cdm info``.
     """
 
-    def __init__(self, code: str | None = None) -> None: ...
+    def __init__(self, code: str | None = None, module: str = "nn.Module") -> None: ...
 
 
 NETWORKS: dict[str, tuple[type, type | None]] = {
