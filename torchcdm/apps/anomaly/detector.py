@@ -73,8 +73,7 @@ class AnomalyDetector:
         The ``reference`` is normal data that the model was not trained on, data units, (N, *shape). UserError where it
         is too small, of another shape than the model's, or not finite.
         """
-        least = 2 * SCORES[self.name].smallest_reference
-        reference = as_samples(self.models[0], reference, least, f"'{self.name}'")
+        reference = as_samples(self.models[0], reference, 2 * SCORES[self.name].smallest_reference, f"'{self.name}'")
         order = torch.randperm(len(reference), generator=stream(0, "halves"))
         half = len(reference) // 2
         self.learn(self.features(reference[order[:half]]))
