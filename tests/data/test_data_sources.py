@@ -114,6 +114,12 @@ def test_wrong_specs(spec, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_class_that_no_training_sample_has_is_said():
+    x, y = torch.rand(60, 2), 1 + torch.arange(60) % 2
+    assert "no training sample has the class 0." in from_object(x, y).notes
+    assert not [note for note in from_object(x, y - 1).notes if "no training sample" in note]
+
+
 def labels_of(names, model_names):
     labels = torch.arange(len(names)).repeat(10)
     x = torch.rand(len(labels), 2)

@@ -139,6 +139,8 @@ def test_mistakes_are_named():
         (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), "log_prob gives .*one number a sample"),
         (lambda: model.sample(5, x, together=True, prior=Independent(Normal(torch.zeros(3), 1), 1)), "prior: "),
         (lambda: texts.sample(5, x, together=True, prior=NORMAL), "prior: could not convert string"),
+        (lambda: model.sample(5, x, prior=NORMAL), "prior: only several x given together ask for it"),
+        (lambda: model.log_prob(theta, x, prior=NORMAL), "prior: only several x given together ask for it"),
         (lambda: model.inside(theta, x), "inside: x holds several observations"),
         (lambda: model.inside(theta, x.iloc[0], mass=1.5), "mass is 1.5; it must be"),
         (lambda: model.sample(5, x.iloc[:, :2], together=True, prior=NORMAL), "x: no column 'c'"),

@@ -293,7 +293,7 @@ def serve(blocks: gradio.Blocks, port: int = 0) -> str:
     options = {"server_name": "127.0.0.1", "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
     try:
         return blocks.queue().launch(server_port=port or None, theme=theme, **options)[1]
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # the last of gradio's own check of the address
         raise UserError(f"the page cannot be served at port {port} ({error}); choose another by --port") from None
 
 

@@ -43,7 +43,7 @@ def load_official(path: str | Path, backbone: CDMUNet) -> None:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch reports a foreign file by many exceptions, over many lines.
-            raise UserError(f"{path}: torch cannot read it as weights ({type(error).__name__}){MEND}") from error
+            raise ValueError(f"torch reports a {type(error).__name__}") from error
     averaged = content.get("ema_model_state_dict") if isinstance(content, Mapping) else None
     pairs = averaged.items() if isinstance(averaged, Mapping) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):

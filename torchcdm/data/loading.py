@@ -246,6 +246,10 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
         transform = DataTransform.standardize(x)
     transform.table = table
+    if samples.class_names is not None:
+        seen = set(splits[0].labels.tolist())
+        unseen = [label for k, label in enumerate(samples.class_names) if k not in seen]
+        more += [f"no training sample has the class {', '.join(unseen)}."] if unseen else []
     source = DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
     return source if options.clusters is None else in_clusters(source, options.clusters, options.seed)
 

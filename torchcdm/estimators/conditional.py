@@ -145,6 +145,7 @@ class CDMConditional(DensityEstimator):
         found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
         theta, x = found.x, self._observations(x)
         rows, times = len(theta), len(x) if together else 1
+        self._check_prior(together, prior)
         if together:
             less = self._log_prior(prior, theta, 1 - times).numpy()
             theta, x = theta.repeat(times, 1), x.repeat_interleave(rows, 0)
@@ -182,6 +183,7 @@ class CDMConditional(DensityEstimator):
         """
         check_is_fitted(self)
         read_as(Count, n, "n")
+        self._check_prior(together, prior)
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = self._context(self._observations(x))
         centre = torch.from_numpy(self._centre(context))
@@ -235,6 +237,10 @@ class CDMConditional(DensityEstimator):
         both = AllGiven(model, y.float().to(device), (centre - middle).to(device), known)
         z = sample(both, n, particles=max(n, PARTICLES), corrector=MOVES, spacing="adaptive", units="model", seed=seed)
         return self._decoded(self._units.inverse(self.model_.transform.inverse(z.double().to(device)).cpu() + middle))
+
+    def _check_prior(self, together: bool, prior: Any) -> None:
+        if prior is not None and not together:
+            raise UserError("prior: only several x given together ask for it; give together=True, too")
 
     def _log_prior(self, prior: Any, codes: Tensor, power: int, log_det: Tensor | float = 0.0) -> Tensor:
         """``power`` times log p(theta) - log_det, (N,), of codes (N, kept); -inf where the prior has no mass."""
