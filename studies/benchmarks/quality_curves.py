@@ -76,9 +76,10 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     source = load_source(data)
     folders = {}
     for seed in options.seeds:
-        for name, contender in contenders(config, data, options.classes or options.clusters is not None).items():
+        both = contenders(config, data, options.classes or options.clusters is not None)
+        for name in options.contenders:
             folder = options.out / "models" / f"{name}-{seed}"
-            measured(contender, source, options.seconds, seed, folder, options.images)
+            measured(both[name], source, options.seconds, seed, folder, options.images)
             folders[f"{name}-{seed}"] = folder
     return folders
 
@@ -150,12 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="+", default=[], metavar="NAME=FOLDER", help="models that are there")
     parser.add_argument("--preset", default="fashion-mnist")
     parser.add_argument("--seconds", type=float, default=600, help="processor time of each training")
+    parser.add_argument("--contenders", nargs="+", choices=("cdm", "ddm"), default=("cdm", "ddm"), help="to train")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of trainings")
     parser.add_argument("--data", help="SPEC of other images than the preset's")
     parser.add_argument("--size", help="HxW of the images; the preset's when left out")
     parser.add_argument("--gaussianize", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--classes", action="store_true", help="models of the data with their classes")
-    parser.add_argument("--clusters", type=int, help="models of the data with so many groups that k-means finds")
+    parser.add_argument("--clusters", type=int, help="models of the data with so many groups that are found")
     parser.add_argument("--batch", type=int, help="samples a step of training; the preset's when left out")
     parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")
     parser.add_argument("--samplers", nargs="+", default=["ddpm", "ddim", "dpm2", "unipc3"])

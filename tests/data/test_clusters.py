@@ -1,4 +1,4 @@
-"""Clusters in the place of classes: what k-means finds, which splits are told, what is refused."""
+"""Clusters in the place of classes: what is found, which splits are told, what is refused."""
 
 import numpy as np
 import pytest
@@ -30,6 +30,19 @@ def test_groups_are_found_whatever_the_units_of_the_columns_are():
     pairs = {(of_row[tuple(row.tolist())], int(k)) for row, k in zip(found, labels, strict=True)}
     assert len(pairs) == 3 and len({k for _, k in pairs}) == 3
     assert torch.equal(from_object(x, clusters=3).train.labels, labels)
+
+
+def test_groups_are_what_neighbours_hang_together_as_and_strays_are_none():
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(400) % 2
+    angle = 2 * torch.pi * torch.rand(400, generator=generator)
+    rings = (1 + 3 * place[:, None]) * torch.stack([angle.cos(), angle.sin()], 1)
+    x = torch.cat([rings + 0.1 * torch.randn(400, 2, generator=generator), torch.tensor([[40.0, 0.0]])])
+    source = from_object(x, clusters=2, validation_fraction=0, test_fraction=0)
+    found, labels = source.train.tensors()
+    inner, stray = found.norm(dim=1) < 2.5, found[:, 0] > 30
+    assert labels[inner].unique().numel() == labels[~inner & ~stray].unique().numel() == 1
+    assert labels[inner][0] != labels[~inner & ~stray][0]
 
 
 def test_only_training_samples_are_told_their_cluster():

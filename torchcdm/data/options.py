@@ -32,8 +32,8 @@ class DataOptions:
         gaussianize: Map each pixel's grey levels to a standard normal by their histogram, and bend each column of a
             table towards a normal: a better density where dimensions have distributions of their own, but noise is
             then no additive noise on the data.
-        clusters: So many groups of similar training samples, found by k-means, stand for classes, in the place of
-            any that there are: models of images without labels draw better pictures for it.
+        clusters: So many groups of similar training samples, found by spectral clustering, stand for classes, in the
+            place of any that there are: models of images without labels draw better pictures for it.
         flip: Mirror half of the training images, at random.
         workers: Processes that read samples from files during training.
     """
