@@ -76,9 +76,10 @@ def ratio(options: argparse.Namespace) -> None:
     ratio = DensityRatio(options.seed, options.discrete, data=data, **how)
     ratio.fit(options.numerator, options.denominator)
     scores = ratio.scores(options.query)
-    weights = importance_weights(scores.log_ratio, options.clip)
     if options.balance:
         weights = ratio.importance_weights(options.query, options.clip, options.numerator)
+    else:
+        weights = importance_weights(scores.log_ratio, options.clip)
     if options.save is not None:
         ratio.save(options.save)
     if options.csv is not None:

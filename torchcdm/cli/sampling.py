@@ -102,11 +102,12 @@ def restore(options: argparse.Namespace) -> None:
         target, how = compose.posterior(model, measurement, y, options.noise_std), {"particles": options.particles}
         found = compose.sample(target, options.n, seed=options.seed, details=True, progress=not options.quiet, **how)
         mean, (low, high) = found.mean(), found.interval()
-        means, widths, draws = [*means, mean], [*widths, high - low], [*draws, found.x]
+        width = high - low
+        means, widths, draws = [*means, mean], [*widths, width], [*draws, found.x]
         save_images(mean[None], out, info.transform, [f"{k:06d}-mean"])
-        save_images(widths[-1][None], out, None, [f"{k:06d}-width"])
+        save_images(width[None], out, None, [f"{k:06d}-width"])
         save_grid(found.x, out / f"{k:06d}-draws.png", info.transform)
-        rows.append([name, f"{k:06d}", f"{found.ess:.1f}", f"{float(widths[-1].mean()):.4g}"])
+        rows.append([name, f"{k:06d}", f"{found.ess:.1f}", f"{float(width.mean()):.4g}"])
         say([f"{name}: effective sample size {found.ess:.0f} of {options.particles}"])
     save_array(torch.stack(means), out / "mean.npy")
     save_array(torch.stack(widths), out / "width.npy")

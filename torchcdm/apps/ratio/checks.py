@@ -18,7 +18,7 @@ SEPARATE = 0.1
 FEWEST = 10
 """Effective samples below which a weighted mean is that of a few; of fewer than twice as many, half of them."""
 
-FARTHEST, PRIOR_ROWS = 3.0, 30
+WITHIN, PRIOR_ROWS = 3.0, 30
 """Deviations of the target up to which balanced weights see a column, and rows that their prior counts as."""
 
 
@@ -60,12 +60,12 @@ def balanced(weights: np.ndarray, x: np.ndarray, target: np.ndarray) -> np.ndarr
     """Weights (N,) times exp(x a), mean 1, whose weighted means of ``x`` (N, d) are those of ``target`` (M, d).
 
     Entropy balancing (Hainmueller, 2012): of all weights with these means those nearest to the given ones. Columns end
-    at :data:`FARTHEST`, so that no row far out is tilted away, and the prior of ``a`` gives way where no weights have
+    at :data:`WITHIN`, so that no row far out is tilted away, and the prior of ``a`` gives way where no weights have
     the means.
     """
     scale = target.std(axis=0)
     scale[scale == 0] = 1
-    x, target = (np.clip((part - target.mean(axis=0)) / scale, -FARTHEST, FARTHEST) for part in (x, target))
+    x, target = (np.clip((part - target.mean(axis=0)) / scale, -WITHIN, WITHIN) for part in (x, target))
     x = x - target.mean(axis=0)
     start = np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
 
@@ -73,7 +73,8 @@ def balanced(weights: np.ndarray, x: np.ndarray, target: np.ndarray) -> np.ndarr
         tilted = start + x @ a
         return len(x) * logsumexp(tilted) + PRIOR_ROWS / 2 * a @ a, len(x) * softmax(tilted) @ x + PRIOR_ROWS * a
 
-    return softmax(start + x @ minimize(loss, np.zeros(x.shape[1]), jac=True).x) * len(x)
+    tilt = minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x  # images have many columns
+    return softmax(start + x @ tilt) * len(x)
 
 
 def as_floats(values: Any, name: str) -> np.ndarray:
