@@ -303,10 +303,7 @@ def log_normalizer(
     if model.transform is not None and model.transform.bin is not None and len(usual) >= BINS:
         steps = measured_steps(model, usual[:MEASURING], points.levels[0], scoring)
     cover = mean_and_spread(torch.cat([parts[0] for parts in noisy]), "cosine")
-    classes = points.columns(run.columns).cpu()
-    ends = [run.log_z(torch.arange(run.columns)[classes == k]) for k in range(len(points.shares))]
-    upper = [end.total + half_width(end.errors()[None]) * end.se for end in ends]  # of 95 % intervals of each class
-    density = Restricted(steps, within.fence, torch.tensor(upper, dtype=torch.float64), *cover)
+    density = Restricted(steps, within.fence, points.upper_ends(run), *cover)
     return replace(z, restricted=density, doubt=f"{lost} lie outside the restricted density" if lost else z.doubt)
 
 
@@ -402,6 +399,13 @@ class _Points:
             data = inside[self.rungs.x.shape[1] :]
             lost = "most of the data" if len(data) and 2 * int(data.sum()) < len(data) else ""
         return lost
+
+    def upper_ends(self, run: Replicas) -> Tensor:
+        """Upper ends of 95 % intervals of log Z of each class, (classes,)."""
+        classes = self.columns(run.columns).cpu()
+        ends = [run.log_z(torch.arange(run.columns)[classes == k]) for k in range(len(self.shares))]
+        upper = [end.total + half_width(end.errors()[None]) * end.se for end in ends]
+        return torch.tensor(upper, dtype=torch.float64)
 
     def columns(self, count: int) -> Tensor:
         """Class of each of so many columns."""

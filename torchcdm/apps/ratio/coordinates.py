@@ -206,10 +206,7 @@ def best_steps(
     best: Steps = {}
     reached = log_prob(best)
     # A linear map alone is nothing to a Gaussian: components show their worth by the curves that they allow.
-    # There are several to be found, not too many for the number of rows, none of them fixed.
-    parts, columns = (train[y == 0], train[y == 1], train), train.shape[1]
-    parts = [part for part in parts if 1 < columns <= WIDEST and len(part) >= COMPONENT_ROWS * columns]
-    parts = [part for part in parts if torch.linalg.eigvalsh(torch.cov(part.T))[0] > 1e-6 * part.var(0).max()]
+    parts = [part for part in (train[y == 0], train[y == 1], train) if _varies(part)]
     for part in (None, *parts):
         if time.monotonic() > until:
             break
@@ -219,3 +216,9 @@ def best_steps(
         if float(gain.mean()) > ERRORS * float(gain.std()) / len(gain) ** 0.5:
             best, reached = steps, value
     return best
+
+
+def _varies(x: Tensor) -> bool:
+    """Whether rows (N, d) have components to be found: several, not too many for their number, none of them fixed."""
+    fitting = 1 < x.shape[1] <= WIDEST and len(x) >= COMPONENT_ROWS * x.shape[1]
+    return fitting and bool(torch.linalg.eigvalsh(torch.cov(x.T))[0] > 1e-6 * x.var(0).max())

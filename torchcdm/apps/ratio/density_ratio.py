@@ -43,6 +43,7 @@ from torchcdm.training.checkpoint import KINDS, load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
+from torchcdm.training.settings import Config
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
 from torchcdm.units.lattice import Discrete
 
@@ -167,12 +168,7 @@ class DensityRatio:
         """Everything that :meth:`fit` sets."""
         began = time.monotonic()
         self._warp = pair.warp
-        preset = self.preset or ("mlp" if len(pair.source.shape) == 1 else "encoder")
-        few = self.preset is None and preset == "mlp" and len(pair.source.train) <= FEW_VECTORS
-        # Not by the likelihood of either source: the blend judges by what the ratio gains.
-        train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
-        own = LAYER, train, override_fields(self.overrides)
-        config = make_config(preset_fields(preset), VECTORS if few else {}, *own)
+        config = self._config(pair.source)
         limit = config.train.max_seconds or math.inf
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         as_given = pair.warp is None or {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
@@ -219,6 +215,14 @@ class DensityRatio:
         device = model.schedule.alpha.device
         z = model.transform(self._coordinates(x[order]).to(device))
         model.base = fit_class_gaussians(z, y[order].to(device), model.schedule).to(device)
+
+    def _config(self, source: DataSource) -> Config:
+        """Of the network."""
+        preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
+        short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= FEW_VECTORS else {}
+        # Not by the likelihood of either source: the blend judges by what the ratio gains.
+        train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
+        return make_config(preset_fields(preset), short, LAYER, train, override_fields(self.overrides))
 
     def _measure_limits(self, pair: Pair, held_out: Iterable[np.ndarray]) -> None:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator.
