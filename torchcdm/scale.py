@@ -108,7 +108,8 @@ class Scorer:
         scores = self.detector.score(found.x) if found.names else torch.empty(0).double()
         deviating = torch.tensor([bool(columns) for columns in found.deviating], dtype=torch.bool)
         # What the model sees of a text or a missing number that training never had stands for something else.
-        unknown = [not set(self.info.columns or ()).isdisjoint(odd.split(", ")) for odd in found.deviating]
+        names = [f", {name}, " for name in self.info.columns or ()]  # which may hold commas themselves
+        unknown = [any(name in f", {odd}, " for name in names) for odd in found.deviating]
         scores[torch.tensor(unknown, dtype=torch.bool)] = torch.inf
         flags = self.detector.flags(scores, self.fpr) | deviating
         where = np.full(len(flags), "", object)
