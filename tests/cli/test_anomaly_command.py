@@ -167,9 +167,9 @@ def test_a_row_that_differs_in_a_constant_column_is_flagged(capsys, tmp_path):
 
 def test_a_text_that_training_never_had_has_no_score_of_another_one(capsys, tmp_path):
     draw = np.random.RandomState(0)
-    good = pd.DataFrame({"site, plant": draw.choice(["east", "west"], 300, p=[0.9, 0.1]), "volt": draw.normal(size=300)})
+    good = pd.DataFrame({"at, in": draw.choice(["east", "west"], 300, p=[0.9, 0.1]), "volt": draw.normal(size=300)})
     good.to_csv(tmp_path / "good.csv", index=False)
-    pd.DataFrame({"site, plant": ["east", "north", "east"], "volt": [0, 0, ""]}).to_csv(tmp_path / "new.csv", index=False)
+    pd.DataFrame({"at, in": ["east", "north", "east"], "volt": [0, 0, ""]}).to_csv(tmp_path / "new.csv", index=False)
     run = train(tmp_path / "run", "table", "--data", f"table:{tmp_path / 'good.csv'}")
     paths = (tmp_path / "good.csv", "--csv", tmp_path / "s.csv", "--plot", tmp_path / "s.png", "--json", "-")
     told = json.loads(score(capsys, run, tmp_path / "new.csv", "--reference", *paths))
@@ -178,7 +178,7 @@ def test_a_text_that_training_never_had_has_no_score_of_another_one(capsys, tmp_
     assert told["flags"] == [False, True, True]
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     assert [row["score"] for row in rows[1:]] == ["inf", "inf"]
-    assert rows[1]["where"] == "site, plant (unlike any in training)" and (tmp_path / "s.png").exists()
+    assert rows[1]["where"] == "at, in (unlike any in training)" and (tmp_path / "s.png").exists()
 
 
 def test_the_ratio_needs_and_takes_a_background(capsys, tmp_path, run, queries):
