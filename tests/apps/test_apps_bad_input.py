@@ -91,6 +91,24 @@ def test_a_score_that_is_nan_is_no_normal_one():
     assert detector.flags([0.0, float("nan")], 0.1)[1]
 
 
+def test_grey_levels_of_another_range_are_refused_as_they_are_of_files():
+    model = ClassificationDiffusion(
+        ZeroBackbone(22), UniformSigmaSchedule(20), DataTransform.images((1, 2, 2), 17, dequantize=False)
+    )
+    x = torch.arange(40.0).reshape(10, 1, 2, 2)
+    detector = AnomalyDetector("log_prob", model).fit(x % 17)
+    for wrong, message in ((6 * x, "values from 0 to 234; the model's grey levels are 0 ... 16"),
+                           ((x % 17) / 16, "fractions of .-1, 1.; the model's grey levels")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            detector.score(wrong)
+
+
+def test_percentiles_keep_the_precision_of_scores():
+    detector = score("log_prob").fit(TENSOR)
+    scores = detector.calibration
+    assert torch.equal(detector.percentile(scores.tolist()), detector.percentile(scores))
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_arrays_and_lists_are_scored_as_tensors(kind):
     fitted = score(kind).fit(GOOD).score

@@ -336,6 +336,12 @@ def test_mistakes(ratio):
     p, q = samples(60)
     with pytest.raises(UserError, match="unknown override 'stesp'; did you mean 'steps'"):
         DensityRatio(stesp=3).fit(p, q)
+    with pytest.raises(UserError, match="unknown preset 'encodr'"):
+        DensityRatio(preset="encodr").fit("nothing.csv", q)  # before the data are read
+    with pytest.raises(UserError, match="steps is 0"):
+        DensityRatio(steps=0).fit("nothing.csv", q)
+    with pytest.raises(UserError, match="data.spec has no effect on a ratio"):
+        DensityRatio(data={"spec": "digits"}).fit(p, q)
     with pytest.raises(UserError, match="not fitted; call fit"):
         DensityRatio().log_ratio(p)
     with pytest.raises(UserError, match="3 column.s.; 2 are needed"):

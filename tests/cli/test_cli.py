@@ -273,6 +273,17 @@ def test_noise_of_a_table_is_told_in_deviations_of_its_columns(capsys, tmp_path,
     assert "the columns differ in scale; give a level instead" in refuse(capsys, *words, "--noise-std", "1")
 
 
+def test_a_text_that_training_never_had_is_not_denoised_as_another_one(capsys, tmp_path):
+    rows = [f"{k % 7},{k % 5 + 0.5},{'xyz'[k % 3]}" for k in range(60)]
+    for name, lines in (("t.csv", rows), ("new.csv", ["1,1.5,x", "1,1.5,new"])):
+        (tmp_path / name).write_text("\n".join(["volt,gram,kind", *lines]))
+    words = ["train", "table", "--data", f"table:{tmp_path / 't.csv'}", "--steps", "2", "--no-report"]
+    words += ["--data.gaussianize", "false", "--data.dequantize", "false", "--sampling.n", "0", "--device", "cpu"]
+    succeed(capsys, *words, "--out", tmp_path / "run")
+    words = "denoise", tmp_path / "run", tmp_path / "new.csv", "--device", "cpu", "--out", tmp_path / "out"
+    assert "new.csv: line 3: holds what training never had, in kind; leave it out" in refuse(capsys, *words)
+
+
 def test_a_report_leaves_out_the_normalised_number_that_cannot_be_given(capsys, tmp_path, monkeypatch):
     beside = [Baseline("something classical", 3.0, 0.1, "bits/dim")]
     monkeypatch.setattr("torchcdm.apps.report.baselines", lambda *_: beside)

@@ -83,7 +83,9 @@ def test_mistakes(capsys, tmp_path, files):
     numerator, denominator, query = files
     other = write_table(tmp_path / "other.csv", np.random.RandomState(0).normal(size=(50, 2)), "height,age")
     assert "new.csv: no column 'age', which " in refuse(capsys, numerator, other, query)
-    assert "no column 'mass'" in refuse(capsys, numerator, denominator, other)
+    words = numerator, denominator, other, "--save", tmp_path / "kept"
+    assert "no column 'mass'" in refuse(capsys, *words)
+    assert DensityRatio.load(tmp_path / "kept").counts == (200, 150)  # the fit is not lost
     few = write_table(tmp_path / "few.csv", np.random.RandomState(0).normal(size=(12, 2)))
     assert "few.csv: too few samples, 12; at least 20" in refuse(capsys, few, denominator, query)
     holes = tmp_path / "holes.csv"

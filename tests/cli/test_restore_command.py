@@ -51,6 +51,17 @@ def test_means_widths_and_draws_are_written(capsys, tmp_path, pixels, files, nam
         assert (tmp_path / f"000001-{part}.png").exists()
 
 
+def test_images_of_an_earlier_call_do_not_stay_among_the_new_ones(capsys, tmp_path, pixels, files):
+    np.save(tmp_path / "one.npy", np.load(files / "x.npy")[:1])
+    calls = ["restore", "--blur", 1, *FEW, "--out"], ["denoise", "--level", 5, "--out"], ["score", "--maps"]
+    for command, *words in calls:
+        words.append(tmp_path / command)
+        for _ in range(2):
+            succeed(capsys, command, pixels, files / "x.npy", *words)
+        message = "holds more images, of an earlier call"
+        assert message in refuse(capsys, command, pixels, tmp_path / "one.npy", *words)
+
+
 def test_black_of_a_mask_is_black_with_an_opaque_alpha_channel(tmp_path):
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[..., 3], pixels[:4, :, 0], pixels[:2, :, 3] = 255, 200, 0

@@ -37,6 +37,9 @@ def linear():
     return CDMConditional(**START).fit(*simulated(4000))
 
 
+FAR = Independent(Uniform(torch.full((2,), 50.0), 60.0), 1)
+
+
 def divergence(draws, mean, covariance):
     """KL of the Gaussian of the draws' moments from the exact one, nats."""
     found = np.cov(draws.T)
@@ -103,7 +106,18 @@ def test_bounds_of_a_prior_are_kept(linear):
     assert np.isfinite(density[0]) and density[1] == -np.inf
     # Bounds that torch would refuse to be asked about, which no draw given one observation reaches.
     with pytest.raises(UserError, match="prior: none of some draws"):
-        linear.sample(10, x, together=True, prior=Independent(Uniform(torch.full((2,), 50.0), 60.0), 1))
+        linear.sample(10, x, together=True, prior=FAR)
+
+
+def test_single_observations_keep_the_bounds_of_a_prior(linear):
+    x = simulated(3, seed=3)[1]
+    box = Independent(Uniform(torch.tensor([-1.0, -2.0]), torch.tensor([0.5, 2.0])), 1)
+    free, draws = linear.sample(400, x, random_state=0), linear.sample(400, x, random_state=0, prior=box)
+    inside = box.support.check(torch.tensor(free)).numpy()
+    assert 0.1 < inside.mean() < 0.9 and draws.shape == (3, 400, 2)
+    assert np.array_equal(draws[inside], free[inside]) and box.support.check(torch.tensor(draws)).all()
+    log_p = linear.log_prob(free[0], x[0], prior=box)
+    assert np.array_equal(log_p, np.where(inside[0], linear.log_prob(free[0], x[0]), -np.inf))
 
 
 def test_classes_are_drawn_as_often_as_they_are_probable():
@@ -139,8 +153,7 @@ def test_mistakes_are_named():
         (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), "log_prob gives .*one number a sample"),
         (lambda: model.sample(5, x, together=True, prior=Independent(Normal(torch.zeros(3), 1), 1)), "prior: "),
         (lambda: texts.sample(5, x, together=True, prior=NORMAL), "prior: could not convert string"),
-        (lambda: model.sample(5, x, prior=NORMAL), "prior: only several x given together ask for it"),
-        (lambda: model.log_prob(theta, x, prior=NORMAL), "prior: only several x given together ask for it"),
+        (lambda: model.sample(5, x.iloc[:2], prior=FAR), "prior: 100 draws given x number 0 lie where it has no mass"),
         (lambda: model.inside(theta, x), "inside: x holds several observations"),
         (lambda: model.inside(theta, x.iloc[0], mass=1.5), "mass is 1.5; it must be"),
         (lambda: model.sample(5, x.iloc[:, :2], together=True, prior=NORMAL), "x: no column 'c'"),

@@ -148,6 +148,11 @@ def test_an_interrupted_fit_does_not_promise_a_state(monkeypatch):
         torchcdm.fit(torch.randn(60, 2), **TINY)
 
 
+    # Neither does one whose steps are still timed.
+    with pytest.raises(Interrupted, match="stopped by a signal while steps were timed; nothing is kept"):
+        torchcdm.fit(torch.randint(0, 9, (60, 1, 8, 8)), budget="10s", progress=False)
+
+
 @pytest.mark.parametrize("kind", [np.asarray, lambda x: x.double()])
 def test_log_prob_takes_numbers_of_any_precision(kind):
     x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))

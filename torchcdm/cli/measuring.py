@@ -75,13 +75,13 @@ def ratio(options: argparse.Namespace) -> None:
     how = given(steps=options.steps) | {"device": str(chosen_device(options.device)), "progress": not options.quiet}
     ratio = DensityRatio(options.seed, options.discrete, data=data, **how)
     ratio.fit(options.numerator, options.denominator)
+    if options.save is not None:
+        ratio.save(options.save)  # now: the query may have other columns
     scores = ratio.scores(options.query)
     if options.balance:
         weights = ratio.importance_weights(options.query, options.clip, options.numerator)
     else:
         weights = importance_weights(scores.log_ratio, options.clip)
-    if options.save is not None:
-        ratio.save(options.save)
     if options.csv is not None:
         rows = zip(scores.names, scores.log_ratio, weights, scores.outside, strict=True)
         cells = ((k, name, f"{log:.6g}", f"{weight:.6g}", int(out)) for k, (name, log, weight, out) in enumerate(rows))

@@ -17,7 +17,7 @@ from torchcdm.data.images import read_image
 from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.files import check_output_folder, write_rows
+from torchcdm.runtime.files import check_no_more, check_output_folder, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
@@ -34,8 +34,8 @@ def sample(options: argparse.Namespace) -> None:
     if options.format == "images" and not pictures:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
     check_output_folder(out, ())
-    if options.format in ("images", "all") and list(out.glob(f"{options.n:06d}.*")):
-        raise UserError(f"{out}: holds more images, of an earlier call; choose another folder, or remove them")
+    if options.format in ("images", "all"):
+        check_no_more(out, options.n)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         # The classes of the model by number and by name.
@@ -94,6 +94,7 @@ def restore(options: argparse.Namespace) -> None:
     measurement, shape = _measurement(options, info.transform.shape)
     check_output_folder(out, options.paths)
     x, names, notes = info.read_pictures(options.paths, options.skip_bad, shape)
+    check_no_more(out, len(x))
     say(notes)
     model = load(options.model, chosen_device(options.device))
     means, widths, draws, rows = [], [], [], []

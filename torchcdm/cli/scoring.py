@@ -21,7 +21,7 @@ from torchcdm.apps.plots import check_figure, score_histogram
 from torchcdm.cli.arguments import given, say, tell
 from torchcdm.data import save_array, save_images, save_table
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_output_folder, write_rows, written
+from torchcdm.runtime.files import check_no_more, check_output_folder, write_rows, written
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import read_as
 from torchcdm.scale import Scorer, score_on_ray
@@ -53,6 +53,8 @@ def score(options: argparse.Namespace) -> None:
         detector = AnomalyDetector(options.score, model, background)
         # Before the passes over the reference: a wrong path shall not take a minute to be found.
         inputs = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
+        if options.maps is not None:
+            check_no_more(options.maps, len(inputs.x))
         reference, origin = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
         detector.fit(reference)
         if options.fpr is None:  # the smallest rate that a small reference calibrates
@@ -159,8 +161,12 @@ def denoise(options: argparse.Namespace) -> None:
     images = len(info.transform.shape) == 3
     if images:
         x, names, notes = info.read_pictures(options.paths, options.skip_bad)
+        check_no_more(out, len(x))
     else:
-        x, names, _, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
+        x, names, deviating, notes = info.read_inputs(options.paths, options.skip_bad, noisy=True)
+        for name, columns in zip(names, deviating, strict=True):
+            if columns:
+                raise UserError(f"{name}: holds what training never had, in {columns}; leave it out")
     clean, noise = denoise_all(model, list(x), options.level, options.noise_std)
     levels = nearest_level(model.schedule, noise)
     scale = common_scale(model.transform)

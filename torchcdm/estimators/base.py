@@ -290,8 +290,10 @@ class TableEstimator(BaseEstimator):
 
     def _seed(self, random_state: Any = None) -> int:
         """A seed from ``random_state``, or from the estimator's own when None."""
-        state = check_random_state(self.random_state if random_state is None else random_state)
-        return int(state.randint(2**31 - 1))
+        return int(self._state(random_state).randint(2**31 - 1))
+
+    def _state(self, random_state: Any) -> np.random.RandomState:
+        return check_random_state(self.random_state if random_state is None else random_state)
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -43,6 +43,9 @@ REPEATED = 5
 PARTICLES, MOVES, TRIED, REGION = 1000, 2, 64, 10_000
 """Of draws given several x together: least number, moves a step, draws that try the prior; draws of a region."""
 
+ROUNDS = 100
+"""A draw where the prior has no mass is drawn again so often."""
+
 FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
 """Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
 
@@ -139,15 +142,15 @@ class CDMConditional(DensityEstimator):
             together: Whether all M rows of x are observations of one theta, independent given it: log p(theta | x_1
                 ... x_M) = sum_m log p(theta | x_m) - (M - 1) log p(theta), less a constant that is not known.
             prior: p(theta), for these: what has ``log_prob``, as distributions of torch and sbi, of tensors (N, p); or
-                ``score_samples``, such as a :class:`CDMDensity` of training's theta. One with bounds keeps them.
+                ``score_samples``, such as a :class:`CDMDensity` of training's theta. Where it has no mass the result
+                is -inf, not ``together`` too: the density then is larger by the share of draws that lie inside.
         """
         check_is_fitted(self)
         found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
         theta, x = found.x, self._observations(x)
         rows, times = len(theta), len(x) if together else 1
-        self._check_prior(together, prior)
+        less = self._log_prior(prior, theta, 1 - times).numpy() if together or prior is not None else 0.0
         if together:
-            less = self._log_prior(prior, theta, 1 - times).numpy()
             theta, x = theta.repeat(times, 1), x.repeat_interleave(rows, 0)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {rows}; give one x, or one for each theta")
@@ -160,7 +163,7 @@ class CDMConditional(DensityEstimator):
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
         residuals = [self._units(rows) - centre for rows in draws]
         log_p = self._log_density(found, residuals, context) + log_det.numpy() - log_z
-        return log_p.reshape(times, rows).sum(0) + less if together else log_p
+        return log_p.reshape(times, rows).sum(0) + less
 
     def score(self, theta: Any, x: Any) -> float:
         """Mean of :meth:`log_prob`, nats a row: what a grid search goes by."""
@@ -175,7 +178,8 @@ class CDMConditional(DensityEstimator):
             random_state: Seed; the estimator's own when None.
             together: Whether all rows of x are observations of one theta, as in :meth:`log_prob`: draws by particles,
                 whose weights and moves correct what a sum of the denoisers gets wrong (:mod:`torchcdm.compose`).
-            prior: p(theta), for these. The gradient of a ``log_prob`` is used where there is one.
+            prior: p(theta), for these. The gradient of a ``log_prob`` is used where there is one. Not ``together``,
+                draws where it has no mass are drawn again, as sbi's ``DirectPosterior`` does.
 
         Returns:
             float64 (n, p) for one observation, and for all together, (M, n, p) for several. Where theta was a data
@@ -183,14 +187,22 @@ class CDMConditional(DensityEstimator):
         """
         check_is_fitted(self)
         read_as(Count, n, "n")
-        self._check_prior(together, prior)
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = self._context(self._observations(x))
         centre = torch.from_numpy(self._centre(context))
         if together:
             return self._drawn_together(n, context, centre, prior, self._seed(random_state))
         centre, y = (part.repeat_interleave(n, 0) for part in (centre, torch.from_numpy(context)))
-        theta = self._decoded(self._units.inverse(self._draws(len(y), random_state, y) + centre))
+        state = self._state(random_state)
+        codes, left = y.new_empty(len(y), len(self.columns_.kept)), torch.arange(len(y))
+        for _ in range(ROUNDS):
+            codes[left] = self._units.inverse(self._draws(len(left), state, y[left]) + centre[left])
+            left = left[:0] if prior is None else left[self._log_prior(prior, codes[left], 0).isinf()]
+            if not len(left):
+                break
+        else:
+            raise UserError(f"prior: {ROUNDS} draws given x number {left[0] // n} lie where it has no mass")
+        theta = self._decoded(codes)
         if one:
             return theta
         if not self._framed:
@@ -237,10 +249,6 @@ class CDMConditional(DensityEstimator):
         both = AllGiven(model, y.float().to(device), (centre - middle).to(device), known)
         z = sample(both, n, particles=max(n, PARTICLES), corrector=MOVES, spacing="adaptive", units="model", seed=seed)
         return self._decoded(self._units.inverse(self.model_.transform.inverse(z.double().to(device)).cpu() + middle))
-
-    def _check_prior(self, together: bool, prior: Any) -> None:
-        if prior is not None and not together:
-            raise UserError("prior: only several x given together ask for it; give together=True, too")
 
     def _log_prior(self, prior: Any, codes: Tensor, power: int, log_det: Tensor | float = 0.0) -> Tensor:
         """``power`` times log p(theta) - log_det, (N,), of codes (N, kept); -inf where the prior has no mass."""

@@ -332,5 +332,8 @@ def seconds_a_step(config: Config, source: DataSource | None, device: str | None
         return times[-1]
 
     with tempfile.TemporaryDirectory() as folder, suppress(TimeoutError):
-        loop.train(replace(config, train=endless), folder, source, device=device, progress=False, clock=clock)
+        try:
+            loop.train(replace(config, train=endless), folder, source, device=device, progress=False, clock=clock)
+        except Interrupted as error:
+            raise Interrupted(error.number, "stopped by a signal while steps were timed; nothing is kept") from None
     return (times[-1] - times[1]) / (len(times) - 2)

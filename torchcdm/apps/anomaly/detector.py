@@ -116,7 +116,7 @@ class AnomalyDetector:
         The p-value is (1 + number of calibration scores at or above) / (n + 1), so that among normal inputs it is
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
-        scores, normal = torch.as_tensor(scores).double().contiguous(), self._known(self.calibration)
+        scores, normal = torch.as_tensor(scores, dtype=torch.float64).contiguous(), self._known(self.calibration)
         return 100 * torch.searchsorted(normal, scores) / (len(normal) + 1)
 
     @checked

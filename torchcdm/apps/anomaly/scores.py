@@ -20,6 +20,7 @@ from torch.distributions import MultivariateNormal
 from torch.nn.functional import softplus
 
 from torchcdm.annealing.target import in_batches
+from torchcdm.data.inputs import check_range
 from torchcdm.diffusion.mixture import ROUGH, best_mixture, fit_gaussians
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
@@ -86,6 +87,8 @@ def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> 
     """
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
     model.check_inputs(x, data=True)
+    if model.transform is not None:
+        check_range([x], ["inputs"], model.transform)
     if len(x) < smallest:
         raise UserError(f"the reference holds {len(x)} samples; {what} takes at least {smallest}")
     return x

@@ -56,6 +56,9 @@ LAYER = {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_
 SETTINGS = ("random_state", "discrete", "preset", "overrides")
 """Arguments that a saved ratio keeps."""
 
+OF_DATA = {"size", "channels", "skip_bad", "validation_fraction", "dequantize"}
+"""Fields of the data that count."""
+
 VECTORS = {"train": {"steps": 600, "lr": 2e-3, "patience": 4}}
 """On top of the preset for few vectors: what is left for the network beside the coordinates is learned soon."""
 
@@ -90,7 +93,7 @@ class DensityRatio:
         progress: Shows a progress bar.
         **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
             (``model={"gaussian": False}``). Of ``data`` count ``size`` and ``channels`` that images are converted to,
-            ``skip_bad``, and ``validation_fraction``, the share of each data set held out for early stopping.
+            ``skip_bad``, ``dequantize``, and ``validation_fraction``, the share of each that is held out.
 
     Raises:
         UserError: An argument of the wrong type, or out of its range.
@@ -142,7 +145,10 @@ class DensityRatio:
 
     @property
     def _options(self) -> DataOptions:
-        options = read_as(DataOptions, override_fields(self.overrides).get("data", {}), "data")
+        data = override_fields(self.overrides).get("data", {})
+        options = read_as(DataOptions, data, "data")
+        if unused := sorted(data.keys() - OF_DATA):
+            raise UserError(f"data.{unused[0]} has no effect on a ratio; change the data that you give instead")
         return replace(options, seed=self.random_state)
 
     # --- fitting -------------------------------------------------------------------------------------------------
@@ -158,6 +164,8 @@ class DensityRatio:
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
+        training = {"train": override_fields(self.overrides)["train"]}
+        make_config(preset_fields(self.preset or "mlp"), training)  # mistakes, before the data are read
         pair = pair_up(numerator, denominator, self._options, self.discrete)
         with all_or_nothing(self):
             self._learn(pair)
