@@ -330,7 +330,8 @@ def test_a_dry_run_tells_the_cost_of_all_steps_and_leaves_nothing(capsys, tmp_pa
 
 def test_the_report_keeps_what_the_training_found(capsys, tmp_path):
     flags = small_flags(train__steps="3", sampling__n="0", report__limit="4", report__methods="[single]")
-    succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", "--quiet", *flags)
+    told = succeed(capsys, "train", "digits", "--out", tmp_path / "run", "--device", "cpu", *flags)
+    assert "3 steps in " in told and "samples in" not in told and not (tmp_path / "run" / "samples").exists()
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["outcome"]["kept"] in ("model", "start") and report["levels"]["mse"] > 0
 

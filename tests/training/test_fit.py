@@ -134,6 +134,18 @@ def test_what_is_no_network_and_no_model_is_refused():
             torchcdm.train(*swapped)
 
 
+def test_networks_that_want_the_level_or_are_compiled_are_refused():
+    class OfLevel(torch.nn.Linear):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    refused = {"missing 1 required positional argument: 't'": OfLevel(2, 102)}
+    refused["compile=True"] = torch.compile(torch.nn.Linear(2, 102))
+    for says, network in refused.items():
+        with pytest.raises(UserError, match=says):
+            torchcdm.fit(torch.randn(40, 2), backbone=network, progress=False)
+
+
 def test_no_samples_are_drawn_for_a_run_that_is_not_kept(monkeypatch):
     monkeypatch.setattr("torchcdm.training.finish.draw", lambda *args: pytest.fail("drawn for nobody"))
     torchcdm.fit(torch.randn(60, 2), steps=1, model={"backbone": {"width": 8}}, **TINY)

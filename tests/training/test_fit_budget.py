@@ -58,6 +58,18 @@ def test_a_plain_model_has_the_unet_of_the_width(monkeypatch):
     assert fit.with_budget([*layers, {"train": {"steps": 3}}], images(100), None, "cpu").model.backbone.channels == 32
 
 
+def test_after_few_steps_little_is_drawn_and_reported(tmp_path):
+    def counts(*layers):
+        config = fit.with_budget([preset_fields("encoder"), *layers], images(100), None, "cpu")
+        return config.report.limit, config.sampling.n
+
+    assert counts({"train": {"steps": 30}}) == (8, 9)
+    assert counts({"train": {"steps": 2000}}) == (91, 64) and counts({"train": {"steps": 20_000}}) == (500, 64)
+    assert counts({"train": {"steps": 30}, "report": {"limit": 77}, "sampling": {"n": 0}}) == (77, 0)
+    # Of a preset for data that it knows the report is that of its published numbers.
+    assert fit.with_budget([preset_fields("digits"), {"train": {"steps": 30}}], None, None, "cpu").report.limit > 8
+
+
 def test_what_the_user_gives_is_not_chosen(monkeypatch):
     preset = preset_fields("encoder")
     assert fit.scales([preset, {}], None) and fit.scales([preset, {"train": {"lr": 1e-3}}], "5m")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_runs import run_training, small_config
+from small_runs import run_training, small_config, small_flags
 
+from torchcdm.cli import main
 from torchcdm.data import DataOptions, from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
@@ -106,6 +107,31 @@ def test_signals_save_and_leave(whole, tmp_path, monkeypatch, request, number):
     assert state_folders(RunFolder(tmp_path / "run"))[-1].name == "step-5"
     run_training(tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", whole)
+
+
+def test_what_follows_the_steps_can_be_stopped_at_once(whole, tmp_path, monkeypatch, request, capsys):
+    def interrupt(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
+    run, sampled = tmp_path / "run", training.save_samples
+    monkeypatch.setattr(training, "save_samples", lambda *given: interrupt() or sampled(*given))
+    assert main(["train", "digits", "--out", str(run), "--device", "cpu", "--quiet", *small_flags()]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said == f"cdm: interrupted; {run} holds the model; --resume goes on with what is missing"
+    assert not (run / "samples").exists()
+    monkeypatch.setattr(training, "save_samples", sampled)
+    run_training(run, resume=True)
+    assert_same(run, whole)
+
+    # During the last validation it is as after any other step.
+    compared = training.Selection.compare
+    monkeypatch.setattr(
+        training.Selection, "compare", lambda *given: (given[2] == 12 and interrupt()) or compared(*given)
+    )
+    with pytest.raises(Interrupted, match="after step 12; the state is saved, go on with --resume"):
+        run_training(tmp_path / "last")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):

@@ -58,8 +58,8 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
             text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
             print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print("; ".join([f"{parser.prog}: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
 
 

@@ -48,15 +48,20 @@ def train(options: argparse.Namespace) -> int:
         return 0
     try:
         result = trained(config, options.out, source, options.resume, options.device, progress)
+        if progress:
+            samples = "" if result.samples is None else f"; samples in {result.samples}"
+            print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s{samples}")
+        if is_first() and not options.no_report:
+            text = write_report(options.out, result.source, device, progress=progress)
+            if progress:
+                print(text)
     except Interrupted as stop:
         print(f"cdm: {stop}", file=sys.stderr)
         return 128 + stop.number
-    if progress:
-        print(f"{options.out}: {result.step} steps in {result.seconds:.0f} s; samples in {result.samples}")
-    if is_first() and not options.no_report:
-        text = write_report(options.out, result.source, device, progress=progress)
-        if progress:
-            print(text)
+    except KeyboardInterrupt:
+        if not RunFolder(options.out).model.exists():
+            raise
+        raise KeyboardInterrupt(f"{options.out} holds the model; --resume goes on with what is missing") from None
     return 0
 
 

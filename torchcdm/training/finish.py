@@ -46,13 +46,16 @@ FAR = 0.1
 """Nats a number by which validation may be worse than training, if that is more than three standard errors."""
 
 
-def save_samples(model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str) -> Path:
+def save_samples(
+    model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str, progress: bool = False
+) -> Path:
     """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
     n, seed = config.sampling.n, config.train.seed
     named = model.classes is not None and config.data.clusters is None
     y = balanced_labels(n, model.classes) if named else None
     guidance = 0.0 if y is None else config.sampling.guidance
-    found, log_p = draw(model, n, y, seed, guidance=guidance, **sampling_options(model, config.sampling))
+    options = sampling_options(model, config.sampling)
+    found, log_p = draw(model, n, y, seed, guidance=guidance, progress=progress, **options)
     save_manifest(run.samples / "manifest.csv", seed, y, log_p, n, source.class_names)
     return save_sheet(found.x, run.samples / name, model.transform)
 

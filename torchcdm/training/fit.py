@@ -148,12 +148,15 @@ def train(
 
 
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
-    """Refuses a network with batch normalisation, weights in half precision, other classes than the data's, or outputs
-    not (2, [classes,] T + 2 ``levels``) for two samples; warns of kinks. A ``denoiser``, which takes a level, not."""
+    """Refuses a network that is compiled, with batch normalisation, weights in half precision, other classes than the
+    data's, or outputs not (2, [classes,] T + 2 ``levels``) for two samples; warns of kinks. A ``denoiser``, which
+    takes a level, is not called."""
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
+    if hasattr(network, "_orig_mod"):
+        raise UserError("the network is compiled, and has no second derivative; give it as it was, and compile=True")
     dtype = working_dtype(network, torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"the network's weights are {dtype}; train network.float(), by train.precision bf16 for speed")
@@ -169,7 +172,7 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
     try:
         with evaluation_mode(network):
             h = network(x, *y)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # also one that wants the level, too
         raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason(error)})") from None
     found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
     if found != wanted:
@@ -263,6 +266,7 @@ def with_budget(
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
+    After few steps that were asked for it draws few samples and reports on few, in the shares of time above.
     The network of a ddm is as of :func:`torchcdm.training.build.plain_model`.
     """
 
@@ -273,7 +277,10 @@ def with_budget(
     seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
-        return made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
+        config = made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
+        if preset != preset_fields(SCALED) or config.train.max_seconds is not None:
+            return config
+        return made(preset, _counts(config, config.train.steps * config.train.batch_size / TRAINING_SHARE), *given)
     seconds = seconds or DEFAULT
     training, asked = TRAINING_SHARE * seconds, made(preset, *given)
     source = in_units(source, asked.data)
@@ -294,22 +301,25 @@ def with_budget(
     most = max(WANTED_STEPS, EPOCHS * count // batch)
     steps = min(max(1, int(training / took)), most)
     every = min(max(50, steps // 12), 1000)
-    evaluations = (asked.sampling.steps or STEPS) * (1 + (asked.sampling.corrector or 0))
-    report = int(REPORT_SHARE * seconds / (FLOW_COST * took / batch))
-    drawn = int(SAMPLING_SHARE * seconds / (evaluations * took / batch))
     network = {"width": width, "multipliers": multipliers, "dropout": 0.1 if count < 5000 else 0.05}
     # The time ends it: a machine that was busy when steps were measured takes more of them.
     train = {"batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50}
     train |= {"validate_every": every, "save_every": every, "sample_every": None, "validation_samples": 500}
     train |= {"log_every": min(max(1, steps // 100), 50), "ema_decay": 0.995 if steps < 5000 else 0.999}
-    counts = {"report": {"limit": min(max(8, report), asked.report.limit)}}
-    counts |= {"sampling": {"n": min(max(9, drawn), asked.sampling.n)}}
-    layer = {"model": {**base, "backbone": network}, "train": train} | counts
+    layer = {"model": {**base, "backbone": network}, "train": train} | _counts(asked, seconds * batch / took)
     if progress:
         what = f"{count} images of {'x'.join(map(str, source.shape))} and {seconds:g} s"
         size = f"width {width} at {len(multipliers)} resolutions, batches of {batch}"
         print(f"scaled to {what}: {size}, about {steps} steps of {took:.2g} s")
     return made(preset, layer, *given)
+
+
+def _counts(config: Config, passes: float) -> dict[str, Any]:
+    """Samples that are drawn and reported on, in their shares of the time of so many ``passes`` of training."""
+    evaluations = (config.sampling.steps or STEPS) * (1 + (config.sampling.corrector or 0))
+    report, drawn = int(REPORT_SHARE * passes / FLOW_COST), int(SAMPLING_SHARE * passes / evaluations)
+    limit, n = min(max(8, report), config.report.limit), min(max(9, drawn), config.sampling.n)
+    return {"report": {"limit": limit}, "sampling": {"n": n}}
 
 
 def multipliers_of(height: int, width: int) -> list[int]:

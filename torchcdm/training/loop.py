@@ -53,12 +53,12 @@ class NotFinite(UserError):
 
 
 class TrainResult(NamedTuple):
-    """A training over all resumes: what ``config.json`` says of its model, its last sheet of samples."""
+    """A training over all resumes: what ``config.json`` says of its model, the sheet of its samples, if any."""
 
     step: int
     seconds: float
     selected: dict[str, Any]
-    samples: Path
+    samples: Path | None
     source: DataSource
     outcome: dict[str, Any] | None
 
@@ -94,7 +94,6 @@ def train(
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
-        watch = held.enter_context(signals())
         states = checkpoint.state_folders(run) if resume else []
         if resume and not states and run.model.exists():
             mend = f"choose another folder, with --init {out}"
@@ -120,13 +119,13 @@ def train(
                 print(f"weights from {config.train.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
         model = model.to(processes.device)
         built = build_loss(config.loss, model) if loss is None else loss(model)
-        return Trainer(config, run, source, built, processes, speaks, watch, clock).run_to_end(state)
+        return Trainer(config, run, source, built, processes, speaks, clock).run_to_end(state)
 
 
 @final
 @dataclass(eq=False, repr=False)
 class Trainer:
-    """One training: model, optimiser and counters, and what happens at each step; ``watch`` is of :func:`signals`."""
+    """One training: model, optimiser and counters, and what happens at each step."""
 
     config: Config
     run: RunFolder
@@ -134,7 +133,6 @@ class Trainer:
     loss: Loss
     processes: Processes
     progress: bool
-    watch: list[int]
     clock: Callable[[], float]
 
     def __post_init__(self) -> None:
@@ -161,13 +159,13 @@ class Trainer:
             write_file(self.run.config, to_yaml(self.config))
             cut_metrics(self.run.metrics, self.step)
         self._loop()
-        samples, outcome = self.run.samples, None
+        samples, outcome = None, None
         if self.main:
             if not self.run.model.exists():
                 raise NotFinite(f"training: no validation had a finite {self.selection.value}; lower --train.lr")
             outcome = self._finish()
             if self.config.sampling.n:
-                samples = save_samples(self.ema.model, self.run, self.config, self.source, "final")
+                samples = save_samples(self.ema.model, self.run, self.config, self.source, "final", self.progress)
             content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
             write_json(self.run.report, content)
         self.processes.accelerator.wait_for_everyone()
@@ -192,17 +190,19 @@ class Trainer:
         self.model.train()
         form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
-        with tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look) as bar:
+        bar = tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look)
+        with bar, signals() as received:  # what follows the steps can be stopped at once: they are saved
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
                 terms, finite = self._update(loss, batch)
                 self.step += 1
                 # Time decides about rates and the end: all processes take that of the slowest, in milliseconds.
                 elapsed = round(1000 * (self.clock() - began))
-                bad, stop, elapsed = self.processes.largest(not finite, sum(self.watch), elapsed)
+                bad, stop, elapsed = self.processes.largest(not finite, sum(received), elapsed)
                 self.seconds = elapsed / 1000
                 self._count(terms, bool(bad))
                 self._after_step(bar)
                 bar.update(self._share() - bar.n)
+                stop = stop or (self._over() and sum(received))  # during the last validation, which may take long
                 if stop:
                     left = "the state is saved" if self._save_state() else self._last_state()
                     raise Interrupted(stop, f"stopped by a signal after step {self.step}; {left}, go on with --resume")
