@@ -105,14 +105,18 @@ def test_bad_compositions_are_one_line():
     wide = exact(GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.ones(1)))
     plain = DenoisingDiffusion(torch.nn.Identity(), SCHEDULE)
     for build, message in [
-        (lambda: compose.all_of([model, far]), "schedules differ"),
+        (lambda: compose.all_of([model, far]), r"schedules differ \(LogSNR.*, T = 12 and Uniform.*, T = 12\)"),
         (lambda: compose.all_of([model, wide]), "shapes"),
         (lambda: compose.any_of([model, scaled]), "transforms differ"),
         (lambda: compose.any_of([model, plain]), "needs a density"),
         (lambda: compose.all_of(model, [0, 2]), "label 2 is out of range"),
         (lambda: compose.all_of(model, [0, 0]), "name one twice"),
         (lambda: compose.all_of(model, torch.tensor([0, 0])), "name one twice"),
-        (lambda: compose.any_of(torch.tensor([0, 1]), model), "one model and a list of classes|not iterable"),
+        (lambda: compose.any_of(torch.tensor([0, 1]), model), "one model and a list of classes"),
+        (lambda: compose.all_of(model, model), "a list of models alone"),
+        (lambda: compose.any_of(model, 1), "one model and a list of classes"),
+        (lambda: compose.none_of(model, 1), "one model and a list of classes"),
+        (lambda: compose.none_of(model, model), "a list of models alone"),
         (lambda: compose.all_of(model), "no classes"),
         (lambda: compose.all_of([]), "list of models"),
         (lambda: compose.all_of(exact(other()), [0, 1]), "without classes"),

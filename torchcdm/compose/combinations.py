@@ -209,7 +209,7 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
         what: Classes of the model, or models, to keep away from.
         kappa: Strength of the repulsion, above 0; 1 for models when None.
     """
-    of_models = any(isinstance(one, nn.Module) for one in what)
+    of_models = not isinstance(what, int | nn.Module) and any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)
     if kappa is None and not of_models:
         left = [y for y in range(away[0][0].classes or 0) if y not in what]
@@ -237,11 +237,11 @@ def _narrowed(model: DensityModel, share: float) -> GaussianMarginals:
 
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
-    if not isinstance(model, nn.Module):
-        models = list(model)
-        if not models or classes is not None:
-            raise UserError("compose: give one model and a list of classes, or a list of models alone")
-        return [(require_density(one, "compose"), None) for one in models]
+    several = not isinstance(model, nn.Module)
+    if isinstance(classes, int | nn.Module) or (several and (not model or classes is not None)):
+        raise UserError("compose: give one model and a list of classes, or a list of models alone")
+    if several:
+        return [(require_density(one, "compose"), None) for one in model]
     density, classes = require_density(model, "compose"), [] if classes is None else list(classes)
     if not classes:
         raise UserError("compose: no classes are given; name at least one, such as [3, 8]")
@@ -258,7 +258,8 @@ def _require_same(one: DensityModel, other: DensityModel) -> None:
     a, b = one.schedule, other.schedule
     scale = (one.exponent / other.exponent) ** 0.5
     if a.T != b.T or not (torch.allclose(a.alpha, b.alpha) and torch.allclose(a.sigma * scale, b.sigma)):
-        raise UserError(f"compose: the models' schedules differ (T = {a.T} and {b.T}); densities meet level by level")
+        named = " and ".join(f"{type(schedule).__name__}, T = {schedule.T}" for schedule in (a, b))
+        raise UserError(f"compose: the models' schedules differ ({named}); densities meet level by level")
     if one.shape != other.shape:
         raise UserError(f"compose: the models' samples have shapes {one.shape} and {other.shape}")
     if one.transform is not None and other.transform is not None and one.shape is not None:
