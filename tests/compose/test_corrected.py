@@ -83,8 +83,9 @@ def test_columns_of_replica_exchange_do_not_share_ancestors():
 def test_a_collapse_of_the_weights_is_said():
     model, _ = gaussian()
     absurd = compose.tilted(model, lambda x: -1e5 * (x.detach()[:, 0] - 2).square())
-    with pytest.warns(UserWarning, match="weights have collapsed"):
+    with pytest.warns(UserWarning, match="weights have collapsed") as said:
         compose.sample(absurd, 8, particles=512)
+    assert {warning.filename for warning in said} == {__file__}, "it points at the caller's line"
     nothing = compose.tilted(model, lambda x: torch.full((len(x),), -math.inf, dtype=torch.float64))
     with pytest.raises(UserError, match="contradicts itself"):
         compose.sample(nothing, 8, particles=64)

@@ -325,7 +325,7 @@ def _by_particles(
             what = f"the weights have collapsed: {ess:.1f} of {particles} particles count"
             mend = "use more particles, moves (corrector) or sweeps"
             or_else = "or the composition asks for what the model hardly has"
-            warnings.warn(f"{what}; {mend}; {or_else}", stacklevel=3)
+            warnings.warn(f"{what}; {mend}; {or_else}", stacklevel=5)  # the caller of sample
         x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
     offset = torch.rand(1, generator=generator, dtype=torch.float64)
