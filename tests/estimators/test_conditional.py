@@ -291,6 +291,20 @@ def test_a_row_that_differs_in_a_constant_column_is_said():
     model = CDMConditional(**TINY).fit(theta.assign(unit=1.0), x)
     with pytest.warns(UserWarning, match="80 rows differ in a column that was constant in training"):
         model.log_prob(theta.assign(unit=2.0), x)
+    model = CDMConditional(**TINY).fit(theta, x.assign(unit=1.0))
+    for call in (lambda x: model.log_prob(theta, x), lambda x: model.score(theta, x), lambda x: model.sample(1, x)):
+        with pytest.warns(UserWarning, match="x differs in a column that was constant in training") as found:
+            call(x.assign(unit=2.0))
+        assert found[0].filename == __file__
+
+
+def test_a_series_is_what_its_column_was_in_training():
+    theta, x = pairs()
+    day = pd.Series(pd.Timestamp("2024-01-01") + pd.to_timedelta(10 * x["a"].to_numpy(), "D"), name="day")
+    for column in (day, pd.Series(np.where(x["a"] > 0, "high", "low"), name="text")):
+        model = CDMConditional(**TINY).fit(theta, column.to_frame())
+        assert np.array_equal(model.log_prob(theta, column), model.log_prob(theta, column.to_frame()))
+        assert model.sample(2, column[:3].rename(None)).equals(model.sample(2, column[:3].to_frame()))
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,21 @@ def test_a_warning_of_a_fit_points_at_the_call(monkeypatch):
     assert {warning.filename for warning in found} == {__file__}
 
 
+def test_a_warning_of_a_score_points_at_the_call():
+    model = CDMDensity(**TINY).fit(frame := table(20).assign(site=1.0))
+    with pytest.warns(UserWarning, match="20 rows differ") as found:
+        model.score(frame.assign(site=2.0))
+    assert {warning.filename for warning in found} == {__file__}
+
+
+@pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
+def test_columns_of_pyarrow_go_by_name(kind):
+    arrow, frame = pytest.importorskip("pyarrow").Table, table(40)
+    model, turned = kind(**TINY).fit(arrow.from_pandas(frame)), frame[frame.columns[::-1]]
+    for same in (turned, arrow.from_pandas(turned), arrow.from_pandas(turned).to_batches()[0]):
+        assert np.array_equal(model.score_samples(same), model.score_samples(frame))
+
+
 def test_overrides_are_read_before_the_data():
     wrong = {"overrides": {"dropuot": 3}}
     for fit in (

@@ -10,7 +10,7 @@ from sklearn.exceptions import NotFittedError
 
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
-from torchcdm.estimators.conditional import _table
+from torchcdm.estimators.base import data_frame
 
 TINY = {
     "steps": 2, "width": 4, "depth": 1, "batch_size": 16, "device": "cpu", "random_state": 0,
@@ -116,7 +116,7 @@ def test_tensors_are_read(fitted):
     assert np.array_equal(conditional.sample(3, x), conditional.sample(3, X[0]))
     assert np.array_equal(conditional.log_prob(GOOD, x), conditional.log_prob(GOOD, X[0]))
     vector = torch.from_numpy(GOOD[:, 0]).requires_grad_()
-    assert _table(vector, "theta").equals(_table(GOOD[:, 0], "theta"))
+    assert data_frame(vector, "theta").equals(data_frame(GOOD[:, 0], "theta"))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ def linear():
     return CDMConditional(**START).fit(*simulated(4000))
 
 
+ONE = Independent(Uniform(torch.zeros(1), 1.0), 1)
+"""A prior of one column, which torch would repeat for each of two."""
+
+THREE = Independent(Normal(torch.zeros(3), 1.0), 1)
 FAR = Independent(Uniform(torch.full((2,), 50.0), 60.0), 1)
 
 
@@ -148,12 +152,14 @@ def test_mistakes_are_named():
     model = CDMConditional(**TINY).fit(theta, x)
     texts = CDMConditional(**TINY).fit(theta.assign(kind=np.where(np.arange(80) % 3, "a", "b")), x)
     for call, message in (
-        (lambda: model.sample(5, x, together=True), "the prior counts M - 1 times; give prior"),
-        (lambda: model.log_prob(theta, x, together=True), "the prior counts M - 1 times; give prior"),
+        (lambda: model.sample(5, x, together=True), "prior is None; it is needed: give one with log_prob"),
+        (lambda: model.log_prob(theta, x, together=True), "prior is None; it is needed: give one with log_prob"),
         (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), "log_prob gives .*one number a sample"),
-        (lambda: model.sample(5, x, together=True, prior=Independent(Normal(torch.zeros(3), 1), 1)), "prior: "),
-        (lambda: texts.sample(5, x, together=True, prior=NORMAL), "prior: could not convert string"),
-        (lambda: model.sample(5, x.iloc[:2], prior=FAR), "prior: 100 draws given x number 0 lie where it has no mass"),
+        (lambda: model.sample(5, x, together=True, prior=THREE), r"its vectors are \(3,\), those of theta \(2,\)"),
+        (lambda: texts.sample(5, x, together=True, prior=THREE), "prior: could not convert string"),
+        (lambda: model.sample(5, x.iloc[:2], prior=FAR), "prior: no mass in 100 draws given x number 0; fit more"),
+        (lambda: model.sample(5, x.iloc[:2], prior="box"), "prior is 'box'; it is needed: give one with log_prob"),
+        (lambda: model.sample(5, x.iloc[:2], prior=ONE), r"its vectors are \(1,\), those of theta \(2,\)"),
         (lambda: model.inside(theta, x), "inside: x holds several observations"),
         (lambda: model.inside(theta, x.iloc[0], mass=1.5), "mass is 1.5; it must be"),
         (lambda: model.sample(5, x.iloc[:, :2], together=True, prior=NORMAL), "x: no column 'c'"),

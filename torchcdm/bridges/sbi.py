@@ -46,7 +46,7 @@ class SbiDensity(ConditionalDensityEstimator):
         seed = int(torch.randint(2**31 - 1, ()))
         n = torch.Size(sample_shape).numel()
         x = _rows(condition, self.estimator.x_columns_)
-        draws = np.asarray(self.estimator.sample(n, x, random_state=seed), np.float64)
+        draws = np.array(self.estimator.sample(n, x, random_state=seed), np.float64)
         draws = torch.from_numpy(draws.reshape(-1, n, *self.input_shape)).to(condition)
         return draws.transpose(0, 1).reshape(*sample_shape, -1, *self.input_shape)
 

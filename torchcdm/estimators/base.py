@@ -137,10 +137,7 @@ class TableEstimator(BaseEstimator):
             what = f"column '{uncountable[0]}' holds values that come back, so that its density has no upper bound"
             raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
-            at, level = sys._getframe(), 1  # scikit-learn's fit_predict calls fit
-            while at.f_back and at.f_globals.get("__name__", "").partition(".")[0] in ("torchcdm", "sklearn"):
-                at, level = at.f_back, level + 1
-            warnings.warn(f"{name}: {notes[-1]}", UserWarning, stacklevel=level)
+            warn(f"{name}: {notes[-1]}")
         self._say(*(f"{name}: {note}" for note in [*frame.attrs.get("notes", ()), *notes]))
         return table
 
@@ -312,8 +309,7 @@ class DensityEstimator(TableEstimator):
         """
         read_as(Likelihood, self.likelihood, "likelihood")
         if differ := sum(map(bool, found.deviating)):
-            what = "rows differ in a column that was constant in training, where this density knows nothing"
-            warnings.warn(f"{differ} {what}", UserWarning, stacklevel=3)
+            warn(f"{differ} rows differ in a column that was constant in training, where this density knows nothing")
         model, transform, alpha = self.model_, self.model_.transform, self.model_.schedule.alpha[1]
         y = None if context is None else torch.tensor(context)
         scoring = Scoring(level=1, steps=50)
@@ -337,6 +333,14 @@ class DensityEstimator(TableEstimator):
         return torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0).numpy()
 
 
+def warn(message: str) -> None:
+    """A warning that points at the user's line, also where scikit-learn's tools call an estimator."""
+    at, level = sys._getframe(), 1
+    while at.f_back and at.f_globals.get("__name__", "").partition(".")[0] in ("torchcdm", "sklearn", "joblib"):
+        at, level = at.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int, part: int = 0) -> Tensor:
     """What to train on: several dequantised copies of codes (N, kept), one after the other, where some have a cell."""
     copies = max(1, min(COPIES, COPIED_ROWS // len(codes))) if table.cells else 1
@@ -352,21 +356,24 @@ def noise_draws(table: TableEncoding, seed: int) -> Tensor:
 
 
 def data_frame(
-    table: Any, name: str, like: TableEncoding | None = None, check: Callable[..., np.ndarray] = check_array
+    table: Any, name: str, like: TableEncoding | None = None, check: Callable[..., np.ndarray] | None = None
 ) -> DataFrame:
     """A data frame as it comes, and anything else that scikit-learn takes as a table of finite numbers.
 
     Columns ``like`` those of the fit go by name; by their place where the fit or the table has no names. ``check`` is
-    ``check_array``, or ``validate_data`` of an estimator, for what is no data frame: their ValueError and TypeError.
-    UserError for no rows, fewer than :data:`SMALLEST_TABLE` to fit, or another number of columns without names.
+    ``validate_data`` of an estimator, for what is no data frame, or ``check_array``, and then a vector is one column:
+    their ValueError and TypeError. UserError for no rows, fewer than :data:`SMALLEST_TABLE` to fit, or another number
+    of columns without names.
     """
     import pandas as pd
 
     smallest = SMALLEST_TABLE if like is None else 1
     named = is_frame(table)
     if not named:
-        if isinstance(table, Tensor) or np.ma.is_masked(table):
-            table = as_array(table, "the table")  # the check would drop the mask of an array
+        if check is None or isinstance(table, Tensor) or np.ma.is_masked(table):
+            table = as_array(table, name)  # the check would drop the mask of an array
+        if check is None:
+            table, check = table.reshape(-1, 1) if table.ndim < 2 else table, partial(check_array, input_name=name)
         try:
             table = pd.DataFrame(check(table, dtype=np.float64, ensure_min_samples=smallest))
         except OverflowError:

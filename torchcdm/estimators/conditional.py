@@ -5,14 +5,14 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
+from typing import Annotated, Any, ClassVar, final
 
 import numpy as np
 import torch
 from annotated_types import Gt, Lt
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import GammaRegressor
-from sklearn.utils import check_array, check_consistent_length
+from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -24,16 +24,13 @@ from torchcdm.compose.combinations import AllGiven
 from torchcdm.compose.tilted import one_each
 from torchcdm.data.arrays import as_array
 from torchcdm.errors import UserError, reason
-from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies, warn
 from torchcdm.estimators.density import log_importance_weights
 from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
-from torchcdm.runtime.validation import Count, Float, read_as
+from torchcdm.runtime.validation import Count, Float, read_as, shown
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
 from torchcdm.units.table import is_frame
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 Share = Annotated[Float, Gt(0), Lt(1)]
 
@@ -93,7 +90,7 @@ class CDMConditional(DensityEstimator):
         with all_or_nothing(self):
             self._check(conditional=True)
             self._framed = is_frame(theta)
-            frames = [_table(part, name) for part, name in ((theta, "theta"), (x, "x"))]
+            frames = [data_frame(part, name) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)
             self.notes_, self.n_features_in_ = [], frames[0].shape[1]
             seed = self._seed()
@@ -143,10 +140,10 @@ class CDMConditional(DensityEstimator):
                 ... x_M) = sum_m log p(theta | x_m) - (M - 1) log p(theta), less a constant that is not known.
             prior: p(theta), for these: what has ``log_prob``, as distributions of torch and sbi, of tensors (N, p); or
                 ``score_samples``, such as a :class:`CDMDensity` of training's theta. Where it has no mass the result
-                is -inf, not ``together`` too: the density then is larger by the share of draws that lie inside.
+                is -inf; not ``together``, it is unchanged elsewhere: its integral is the share of draws inside.
         """
         check_is_fitted(self)
-        found = self.columns_.encode(_table(theta, "theta", like=self.columns_), "theta")
+        found = self.columns_.encode(data_frame(theta, "theta", like=self.columns_), "theta")
         theta, x = found.x, self._observations(x)
         rows, times = len(theta), len(x) if together else 1
         less = self._log_prior(prior, theta, 1 - times).numpy() if together or prior is not None else 0.0
@@ -201,7 +198,7 @@ class CDMConditional(DensityEstimator):
             if not len(left):
                 break
         else:
-            raise UserError(f"prior: {ROUNDS} draws given x number {left[0] // n} lie where it has no mass")
+            raise UserError(f"prior: no mass in {ROUNDS} draws given x number {left[0] // n}; fit more pairs near it")
         theta = self._decoded(codes)
         if one:
             return theta
@@ -254,7 +251,9 @@ class CDMConditional(DensityEstimator):
         """``power`` times log p(theta) - log_det, (N,), of codes (N, kept); -inf where the prior has no mass."""
         rows = self._decoded(codes)
         if not hasattr(prior, "score_samples") and not hasattr(prior, "log_prob"):
-            raise UserError("together: the prior counts M - 1 times; give prior, with log_prob or score_samples")
+            raise UserError(f"prior is {shown(prior)}; it is needed: give one with log_prob or score_samples")
+        if getattr(prior, "event_shape", ()) not in ((), rows.shape[1:]):  # torch would repeat a single column
+            raise UserError(f"prior: its vectors are {tuple(prior.event_shape)}, those of theta {rows.shape[1:]}")
         try:
             if hasattr(prior, "score_samples"):
                 log_p = torch.from_numpy(prior.score_samples(rows))
@@ -291,12 +290,14 @@ class CDMConditional(DensityEstimator):
 
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""
-        x = as_array(x, "x") if isinstance(x, Tensor) else x
-        if np.ndim(x) < 2:
-            single = len(self.x_columns_.columns) == 1
-            row = hasattr(x, "to_frame") and not single
-            x = x.to_frame().T if row else np.reshape(x, (-1, 1) if single else (1, -1))
-        return self.x_columns_.encode(_table(x, "x", like=self.x_columns_), "x").x
+        if np.ndim(x) < 2 and len(self.x_columns_.columns) > 1:
+            x = x.to_frame().T if hasattr(x, "to_frame") else as_array(x, "x").reshape(1, -1)
+        elif hasattr(x, "to_frame"):
+            x = x.to_frame(name=self.x_columns_.columns[0].name)
+        found = self.x_columns_.encode(data_frame(x, "x", like=self.x_columns_), "x")
+        if any(found.deviating):
+            warn("x differs in a column that was constant in training, where this density knows nothing")
+        return found.x
 
     def _context(self, x: Tensor) -> np.ndarray:
         """What the network sees of the codes of x (N, kept): near a normal, one number for each level of a text."""
@@ -304,11 +305,3 @@ class CDMConditional(DensityEstimator):
         columns = zip(levels, x.T, self._x_units(x).T, strict=True)
         parts = [one_hot(code.long(), n).double() if n > 2 else z[:, None] for n, code, z in columns]
         return torch.cat(parts, 1).numpy()
-
-
-def _table(values: Any, name: str, like: TableEncoding | None = None) -> DataFrame:
-    """A table as :func:`data_frame` gives it; a vector is one column."""
-    values = as_array(values, name) if isinstance(values, Tensor) else values
-    if not is_frame(values):
-        values = np.reshape(values, (-1, 1)) if np.ndim(values) < 2 else values
-    return data_frame(values, name, like, partial(check_array, input_name=name))

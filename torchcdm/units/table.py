@@ -273,14 +273,15 @@ class TableEncoding:
 
 def is_frame(data: Any) -> bool:
     """Whether these are columns of a data frame, or one of them, a series."""
-    return hasattr(data, "to_numpy") and (hasattr(data, "columns") or hasattr(data, "to_frame"))
+    return hasattr(data, "columns") and hasattr(data, "shape") or hasattr(data, "to_frame")
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame of pandas or polars as one of pandas with texts as names, UserError where two are alike; a Series
-    becomes one column."""
+    """A data frame of pandas, polars or pyarrow as one of pandas with texts as names, UserError where two are alike; a
+    Series becomes one column."""
     import pandas as pd
 
+    data = data if hasattr(data, "to_numpy") else data.to_pandas()
     if not hasattr(data, "columns"):
         data = data.to_frame(name="value" if data.name is None else data.name)
     if not hasattr(data, "set_axis"):
