@@ -40,8 +40,8 @@ REPEATED = 5
 PARTICLES, MOVES, TRIED, REGION = 1000, 2, 64, 10_000
 """Of draws given several x together: least number, moves a step, draws that try the prior; draws of a region."""
 
-ROUNDS = 100
-"""A draw where the prior has no mass is drawn again so often."""
+ROUNDS = 20
+"""So often draws are made again where the prior has mass at none of them."""
 
 FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
 """Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
@@ -190,16 +190,7 @@ class CDMConditional(DensityEstimator):
         if together:
             return self._drawn_together(n, context, centre, prior, self._seed(random_state))
         centre, y = (part.repeat_interleave(n, 0) for part in (centre, torch.from_numpy(context)))
-        state = self._state(random_state)
-        codes, left = y.new_empty(len(y), len(self.columns_.kept)), torch.arange(len(y))
-        for _ in range(ROUNDS):
-            codes[left] = self._units.inverse(self._draws(len(left), state, y[left]) + centre[left])
-            left = left[:0] if prior is None else left[self._log_prior(prior, codes[left], 0).isinf()]
-            if not len(left):
-                break
-        else:
-            raise UserError(f"prior: no mass in {ROUNDS} draws given x number {left[0] // n}; fit more pairs near it")
-        theta = self._decoded(codes)
+        theta = self._decoded(self._codes_given(y, centre, prior, self._state(random_state), n))
         if one:
             return theta
         if not self._framed:
@@ -221,6 +212,23 @@ class CDMConditional(DensityEstimator):
         draws = self.sample(REGION, x, random_state)
         draws = draws if self._framed else draws.reshape(REGION, -1)
         return self.log_prob(theta, x) >= np.quantile(self.log_prob(draws, x), 1 - mass)
+
+    def _codes_given(self, y: Tensor, centre: Tensor, prior: Any, state: np.random.RandomState, n: int) -> Tensor:
+        """A draw for each context (B, q) off its ``centre``, ``n`` of each x; where a ``prior`` has mass."""
+        codes, barren = y.new_empty(len(y), len(self.columns_.kept)), 0
+        rows = left = torch.arange(len(y))
+        while len(left):
+            drawn = self._units.inverse(self._draws(len(rows), state, y[rows]) + centre[rows])
+            if prior is None:
+                return drawn
+            inside = self._log_prior(prior, drawn, 0) > -torch.inf
+            codes[rows[inside]] = drawn[inside]
+            left = left[~torch.isin(left, rows[inside])]
+            barren = 0 if inside.any() else barren + 1
+            if barren == ROUNDS:
+                raise UserError(f"prior: no mass in any draw given x number {left[0] // n}; fit more pairs near it")
+            rows = left.repeat(max(len(y), TRIED) // max(1, len(left)))  # many tries for the last ones
+        return codes
 
     def _drawn_together(self, n: int, context: np.ndarray, centre: Tensor, prior: Any, seed: int) -> Any:
         """Draws (n, p) given all contexts (M, q); residuals are off the curves' ``centre``, (M, kept)."""
