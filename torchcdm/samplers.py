@@ -388,7 +388,9 @@ def gaussian_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y:
 
     The divergence of the two is the integral over log r, from much noise on, of the mean of |D - D_Gaussian|² / r²,
     D estimates of the data, over draws of the Gaussian, made of ``noise`` (B, *shape), as both obey the heat equation
-    (de Bruijn's identity). It is at most :data:`FAR` nats a value. 0 without moments.
+    (de Bruijn's identity). It is at most :data:`FAR` nats a value. A young denoiser is wrong where there is little to
+    know; so where the noise leaves no more than that much information along the moments' directions the Gaussian
+    stays, whatever the denoiser says. 0 without moments.
     """
     schedule, moments = denoiser.schedule, denoiser.moments
     if moments is None:
@@ -399,6 +401,6 @@ def gaussian_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y:
         error = (denoiser.denoise(x_t, t, y).x0 - x_0).square().mean()
         slopes.append(float(error / schedule.ratio[t] ** 2))
         divergence += (log_r[levels[k - 1]] - log_r[t]) * (slopes[-1] + slopes[k - 1]) / 2 if k else 0.0
-        if divergence > FAR:
+        if min(divergence, moments.information(float(schedule.ratio[t]), y)) > FAR:
             return k - 1
     return len(levels) - 1

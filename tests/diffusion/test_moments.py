@@ -122,3 +122,17 @@ def test_a_start_is_where_the_divergence_of_the_gaussian_says():
         mixture = points.log_prob(x[:, None]).logsumexp(1) - math.log(2)
         divergence.append(float((gaussian.log_prob(x) - mixture).mean()) / 20)
     assert 0 < first < len(grid) - 1 and divergence[0] < 1.1 * FAR and divergence[1] > 0.9 * FAR
+
+
+def test_a_denoiser_that_is_wrong_at_much_noise_does_not_decide_where_there_is_little_to_know():
+    class Young(Denoiser):
+        def denoise(self, x_t, t, y=None):
+            return Prediction(x_t, *self.schedule.at(t, x_t), torch.zeros_like(x_t))  # all of it is data
+
+    denoiser, grid = Young(SCHEDULE), SCHEDULE.time_grid(64)
+    denoiser.moments = Moments(torch.zeros(1, 20), torch.full((1, 1, 20), 0.5))
+    # Of one number of variance 5 among 20, under noise r: ½ log(1 + 5 / r²) nats.
+    least = math.sqrt(5 / math.expm1(2 * 20 * FAR))
+    first = gaussian_levels(denoiser, grid, normal(16, 20), None)
+    assert 0 < first < len(grid) - 1
+    assert SCHEDULE.ratio[grid[first]] >= least > SCHEDULE.ratio[grid[first + 1]]

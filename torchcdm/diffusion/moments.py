@@ -51,7 +51,7 @@ class Moments(nn.Module):
 
         From standard normal ``noise`` (B, *shape), of classes ``y`` (B,) or, None, of all data.
         """
-        rows = torch.full((len(noise),), len(self.means) - 1) if y is None or len(self.means) == 1 else y
+        rows = self._rows(len(noise), y)
         mean, directions = self.means[rows].to(noise), self.directions[rows].to(noise)
         (alpha, sigma), z = (float(scale[t]) for scale in (schedule.alpha, schedule.sigma)), noise.flatten(1)
         lengths = directions.square().sum(2).sqrt().clamp_min(1e-12)
@@ -61,6 +61,18 @@ class Moments(nn.Module):
         parts = torch.stack([(deviation - sigma) * along, alpha * lengths**2 / deviation * along], 1) @ axes
         x_t, x_0 = alpha * mean + sigma * z + parts[:, 0], mean + parts[:, 1]
         return x_t.view_as(noise), x_0.view_as(noise)
+
+    def information(self, ratio: float, y: Tensor | None = None) -> float:
+        """What x_t tells of Gaussian data along the directions, under noise of ``ratio`` r_t: nats a value.
+
+        A Gaussian channel's capacity, mean of ½ sum log(1 + variance / r²) over classes ``y`` (B,), or of all data.
+        """
+        variances = self.directions[self._rows(1, y)].float().square().sum(2)
+        return float(torch.log1p(variances / ratio**2).sum(1).mean()) / 2 / self.means.shape[1]
+
+    def _rows(self, n: int, y: Tensor | None) -> Tensor:
+        """Classes ``y`` (B,), or ``n`` times what stands for all data."""
+        return torch.full((n,), len(self.means) - 1) if y is None or len(self.means) == 1 else y
 
 
 def leading(x: Tensor) -> tuple[Tensor, Tensor]:
