@@ -110,3 +110,8 @@ def test_columns_that_are_constant_and_data_frames_keep_their_places():
     torch.testing.assert_close(of_frames.log_prob(theta[None], x), of_arrays.log_prob(theta[None], x))
     ratio = DensityRatio(random_state=0, max_seconds=5, device="cpu").fit(*pairs_and_strangers(theta, x))
     assert SbiRatio(ratio, 3).unnormalized_log_ratio(theta[:3], x[:3]).shape == (3,)
+
+
+def test_what_is_not_fitted_says_so():
+    with pytest.raises(ValueError, match="is not fitted yet"):
+        SbiDensity(CDMConditional())

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.ratio_estimators import RatioEstimator
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.random import permutation
@@ -27,6 +28,7 @@ class SbiDensity(ConditionalDensityEstimator):
     """p(theta | x) of an ``estimator`` that was fitted on pairs of theta, drawn from the prior, and x."""
 
     def __init__(self, estimator: CDMConditional) -> None:
+        check_is_fitted(estimator)
         shapes = ((len(columns.columns),) for columns in (estimator.columns_, estimator.x_columns_))
         super().__init__(estimator.model_, *map(torch.Size, shapes))
         self.estimator = estimator

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from torchcdm.compose.sampling import STEPS
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
@@ -288,7 +289,7 @@ def with_budget(
     model = choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
     width, batch, took = 0, 0, 0.0
-    for wider, larger in SIZES:  # the first is taken however long it takes
+    for wider, larger in tqdm(SIZES, "timing steps", disable=not progress, leave=False):  # the first in any case
         # Costs grow with the square of the width: a size that is clearly too large is not tried.
         if took and training / (took * larger / batch * (wider / width) ** 1.5) < WANTED_STEPS / 2:
             break
