@@ -18,6 +18,7 @@ from torchcdm.data import DataOptions, from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.runtime.processes import Processes
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
 from torchcdm.training.build import in_units
@@ -132,6 +133,15 @@ def test_what_follows_the_steps_can_be_stopped_at_once(whole, tmp_path, monkeypa
     )
     with pytest.raises(Interrupted, match="after step 12; the state is saved, go on with --resume"):
         run_training(tmp_path / "last")
+
+
+def test_a_signal_that_another_process_got_in_the_last_validation_stops_all(tmp_path, monkeypatch):
+    # At the end a signal alone is asked for, of all processes: else one would save while the others went on.
+    of_steps = Processes.largest
+    asked = lambda self, *values: (signal.SIGTERM,) if len(values) == 1 else of_steps(self, *values)  # noqa: E731
+    monkeypatch.setattr(Processes, "largest", asked)
+    with pytest.raises(Interrupted, match="stopped by a signal after step 12; the state is saved"):
+        run_training(tmp_path / "run")
 
 
 def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):

@@ -202,7 +202,8 @@ class Trainer:
                 self._count(terms, bool(bad))
                 self._after_step(bar)
                 bar.update(self._share() - bar.n)
-                stop = stop or (self._over() and sum(received))  # during the last validation, which may take long
+                if self._over() and not stop:  # during the last validation, which may take long
+                    (stop,) = self.processes.largest(sum(received))
                 if stop:
                     left = "the state is saved" if self._save_state() else self._last_state()
                     raise Interrupted(stop, f"stopped by a signal after step {self.step}; {left}, go on with --resume")
