@@ -212,9 +212,10 @@ def anomaly_designs() -> str:
         cells = (
             f"**{found[name]:.1f}**" if found[name] == min(found.values()) else f"{found[name]:.1f}" for found in ranks
         )
-        lines.append([{"cdm-contaminated": "CDM"}.get(name, name), *cells, *(f"{value:.3f}" for value in means)])
+        both = f"{(ranks[2][name] + ranks[5][name]) / 2:.2f}"
+        lines.append([{"cdm-contaminated": "CDM"}.get(name, name), *cells, both, *(f"{value:.3f}" for value in means)])
     parts = [f"{value}, {half}" for value in ("AUROC", "precision") for half in ("development", "judged", "all")]
-    return markdown(["detector", *parts, "mean AUROC", "mean precision"], lines)
+    return markdown(["detector", *parts, "both, all", "mean AUROC", "mean precision"], lines)
 
 
 def anomaly_tables(value: str) -> str:
