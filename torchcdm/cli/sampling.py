@@ -14,10 +14,10 @@ from torchcdm.compose.tilted import Map
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.arrays import read as read_array
 from torchcdm.data.images import read_image
-from torchcdm.data.outputs import save_manifest, save_sheet
+from torchcdm.data.outputs import check_no_more, save_manifest, save_sheet
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.runtime.files import check_no_more, check_output_folder, write_rows
+from torchcdm.runtime.files import check_output_folder, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info

@@ -20,8 +20,9 @@ from torchcdm.apps.explorer import Explorer, page, serve
 from torchcdm.apps.plots import check_figure, score_histogram
 from torchcdm.cli.arguments import given, say, tell
 from torchcdm.data import save_array, save_images, save_table
+from torchcdm.data.outputs import check_no_more
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import check_no_more, check_output_folder, write_rows, written
+from torchcdm.runtime.files import check_output_folder, write_rows, written
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import read_as
 from torchcdm.scale import Scorer, score_on_ray

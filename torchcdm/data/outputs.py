@@ -59,6 +59,12 @@ def save_images(
     return paths
 
 
+def check_no_more(folder: Path, n: int) -> None:
+    """Refuses a folder that holds images of an earlier call, beyond the ``n`` that :func:`save_images` will number."""
+    if any(folder.glob(f"{n:06d}[.-]*")):
+        raise UserError(f"{folder}: holds more images, of an earlier call; choose another folder, or remove them")
+
+
 def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
     """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`.
 

@@ -153,12 +153,6 @@ def check_output_folder(folder: Path, inputs: Iterable[str | Path]) -> None:
             raise UserError(f"{folder}: holds inputs, which the outputs could replace; choose another folder")
 
 
-def check_no_more(folder: Path, n: int) -> None:
-    """Refuses a folder that holds images, numbered from 0 on, of an earlier call beyond the ``n`` to be written."""
-    if any(folder.glob(f"{n:06d}[.-]*")):
-        raise UserError(f"{folder}: holds more images, of an earlier call; choose another folder, or remove them")
-
-
 def _given(inputs: Iterable[str | Path]) -> list[Path]:
     """Those inputs that are files or folders, with or without a kind before a colon."""
     texts = (text for given in map(str, inputs) for text in (given, given.partition(":")[2]))

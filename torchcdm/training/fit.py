@@ -230,7 +230,12 @@ def _prepared(
     if progress:
         print(*source.notes, sep="\n")
     layer = merge(layer, {"data": {"spec": source.name if from_files or isinstance(data, DataSource) else None}})
-    return source, [preset_fields(preset or ("mlp" if len(source.shape) == 1 else "encoder")), layer]
+    return source, [preset_fields(preset or usual_preset(source)), layer]
+
+
+def usual_preset(source: DataSource) -> str:
+    """The preset where none is asked for."""
+    return "mlp" if len(source.shape) == 1 else "encoder"
 
 
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:

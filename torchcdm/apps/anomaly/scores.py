@@ -83,7 +83,8 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
 def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> Tensor:
     """Samples (N, *shape) for the model as a tensor on the CPU.
 
-    UserError where they are no finite numbers, have another shape, or are fewer than ``smallest``, as ``what`` needs.
+    UserError where they are no finite numbers, have another shape or range of grey levels, or are fewer than
+    ``smallest``, as ``what`` needs.
     """
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
     model.check_inputs(x, data=True)

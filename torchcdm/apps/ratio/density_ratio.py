@@ -41,7 +41,7 @@ from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
 from torchcdm.training.checkpoint import KINDS, load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
-from torchcdm.training.fit import override_fields, trained
+from torchcdm.training.fit import override_fields, trained, usual_preset
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
@@ -164,8 +164,9 @@ class DensityRatio:
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
-        training = {"train": override_fields(self.overrides)["train"]}
-        make_config(preset_fields(self.preset or "mlp"), training)  # mistakes, before the data are read
+        # Mistakes, before the data are read.
+        fields = {} if self.preset is None else preset_fields(self.preset)
+        make_config(fields, {"train": override_fields(self.overrides)["train"]})
         pair = pair_up(numerator, denominator, self._options, self.discrete)
         with all_or_nothing(self):
             self._learn(pair)
@@ -226,7 +227,7 @@ class DensityRatio:
 
     def _config(self, source: DataSource) -> Config:
         """Of the network."""
-        preset = self.preset or ("mlp" if len(source.shape) == 1 else "encoder")
+        preset = self.preset or usual_preset(source)
         short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= FEW_VECTORS else {}
         # Not by the likelihood of either source: the blend judges by what the ratio gains.
         train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
