@@ -6,6 +6,7 @@ from oracles import SCHEDULES, MixtureClassifier, ZeroBackbone, covariance, labe
 
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import LogSNRSchedule
+from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.samplers import Step, make_sampler
 
@@ -94,3 +95,8 @@ def test_single_precision_stays() -> None:
     model = mixture_model().float()
     x = AzulaDenoiser(model)(normal(3, 2).float(), torch.tensor([0.0, 0.5, 1.0])).mean
     assert x.dtype == torch.float32 and x.shape == (3, 2)
+
+
+def test_a_keyword_that_is_not_known_is_refused() -> None:
+    with pytest.raises(UserError, match="takes no 'labels'; classes and contexts are its label"):
+        AzulaDenoiser(mixture_model())(normal(2, 2), torch.tensor(0.5), labels=torch.tensor([0, 1]))

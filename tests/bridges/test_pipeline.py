@@ -92,3 +92,24 @@ def test_labels_and_guidance_reach_the_model() -> None:
 def test_a_scheduler_without_levels_is_refused() -> None:
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler takes no trained_betas"):
         diffusers_scheduler(LogSNRSchedule(40), diffusers.FlowMatchEulerDiscreteScheduler)
+
+
+@pytest.mark.parametrize("kind", [diffusers.DDIMScheduler(), dict, "ddim"])
+def test_what_is_no_class_of_schedulers_is_refused(kind) -> None:
+    with pytest.raises(UserError, match="give a class of schedulers of diffusers, such as DDIMScheduler"):
+        CDMPipeline.of(images(LogSNRSchedule(40)), kind)
+
+
+def test_arguments_of_a_call_are_checked() -> None:
+    pipeline = CDMPipeline.of(images(LogSNRSchedule(40)))
+    for wrong in ({"batch_size": 0}, {"batch_size": 1.5}, {"num_inference_steps": 0}, {"output_type": "latent"}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
+            pipeline(**wrong)
+
+
+def test_a_pipeline_is_not_saved_without_its_model(tmp_path) -> None:
+    pipeline = CDMPipeline.of(images(LogSNRSchedule(40)))
+    for save in (pipeline.save_pretrained, pipeline.push_to_hub):
+        with pytest.raises(UserError, match="model.save"):
+            save(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
+from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 
 
@@ -50,12 +51,14 @@ class AzulaDenoiser(Azula):
         super().__init__()
         self.model, self.schedule = model, AzulaSchedule(model.schedule)
 
-    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, **_: Any) -> DiracPosterior:
+    def forward(self, x_t: Tensor, t: Tensor, label: Tensor | None = None, **others: Any) -> DiracPosterior:
         """E[x_0 | x_t] as a posterior without spread.
 
         From ``x_t`` (B, *shape), model units, at times ``t`` in [0, 1], () or (B,); the ``label`` is a class of each,
         long (B,), or a context. UserError for what the model does not take.
         """
+        for name in others:
+            raise UserError(f"AzulaDenoiser takes no '{name}'; classes and contexts are its label")
         x = x_t.to(working_dtype(self.model, x_t.dtype))
         level = self.schedule.level(t).to(x.device).expand(len(x))
         if torch.is_grad_enabled() and x.requires_grad:

@@ -7,10 +7,10 @@ noise, x is scaled to that and back.
 from __future__ import annotations
 
 import inspect
-from typing import Any, final
+from typing import Any, Literal, NoReturn, final
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, SchedulerMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, working_dtype
+from torchcdm.runtime.validation import Count, checked, shown
 
 
 @final
@@ -47,6 +48,8 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
     The class ``kind`` takes ``trained_betas``, such as ``DPMSolverMultistepScheduler``; UserError for others. It is
     unclipped, and from the last level on, unless its further ``options`` say otherwise.
     """
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UserError(f"kind is {shown(kind)}; give a class of schedulers of diffusers, such as DDIMScheduler")
     taken = inspect.signature(kind).parameters
     if "trained_betas" not in taken:
         raise UserError(f"{kind.__name__} takes no trained_betas, so that it cannot have the model's levels")
@@ -70,11 +73,19 @@ class CDMPipeline(DiffusionPipeline):
         """The pipeline of a model; further arguments as in :func:`diffusers_scheduler`."""
         return cls(DiffusersNetwork(model), diffusers_scheduler(model.schedule, kind, **options))
 
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """UserError: diffusers would write the scheduler alone."""
+        mend = "pipeline.unet.model.save(folder), and make another one by CDMPipeline.of(torchcdm.load(folder))"
+        raise UserError(f"a pipeline is not saved; save its model by {mend}")
+
+    push_to_hub = save_pretrained
+
     @torch.no_grad()
+    @checked
     def __call__(
-        self, batch_size: int = 1, generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 50, class_labels: Tensor | None = None, guidance: float = 0.0,
-        output_type: str = "pil", return_dict: bool = True,
+        self, batch_size: Count = 1, generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: Count = 50, class_labels: Tensor | None = None, guidance: float = 0.0,
+        output_type: Literal["pil", "np", "pt"] = "pil", return_dict: bool = True,
     ) -> ImagePipelineOutput:  # fmt: skip
         """Draws ``batch_size`` images in at most T steps of the scheduler; arguments are those of diffusers.
 
