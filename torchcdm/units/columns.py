@@ -206,8 +206,8 @@ def _edges(x: Tensor, cells: Cells) -> Tensor:
     edges, gap = torch.cat([centres - half, centres + half]), 1e-6 * half
     others = x[(x[:, None] - centres).abs().amin(1) > half + gap] if cells.mixed else x[:0]
     if len(others):
-        count = min(KNOTS, max(2, len(others) // KNOT_ROWS))
-        knots = torch.from_numpy(np.quantile(others.numpy(), np.linspace(0, 1, count + 1)))  # of any number of rows
+        shares = np.linspace(0, 1, 1 + min(KNOTS, max(2, len(others) // KNOT_ROWS)))
+        knots = torch.from_numpy(_outward(np.quantile(others.numpy(), shares)))  # of any number of rows
         edges = torch.cat([edges, knots[(knots[:, None] - centres).abs().amin(1) > half + gap]])
     edges = edges.sort().values
     # Neighbouring cells share an edge, to rounding.
@@ -222,7 +222,7 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
     values, counts = np.unique(x.numpy(), return_counts=True)
     if len(values) < 3:
         return x, -math.inf
-    ends = np.concatenate([values[:1], values[1:] / 2 + values[:-1] / 2, values[-1:]])
+    ends = _outward(np.concatenate([values[:1], values[1:] / 2 + values[:-1] / 2, values[-1:]]))
     below = np.concatenate([[0], counts.cumsum()])
     best, first = np.zeros(len(values) + 1), np.zeros(len(values), int)
     for last in range(len(values)):
@@ -234,6 +234,12 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
     while chosen[-1]:
         chosen.append(first[chosen[-1] - 1])
     return torch.from_numpy(np.unique(ends[chosen])), float(best[-1] / len(x))
+
+
+def _outward(edges: np.ndarray) -> np.ndarray:
+    """Rising edges whose ends are values: a little farther out, so that these are inside when rounded to float32."""
+    edges[[0, -1]] += np.finfo(np.float32).eps * np.abs(edges[[0, -1]]) * [-1, 1]
+    return edges
 
 
 def _cell_of(values: Tensor, edges: Tensor) -> Tensor:
