@@ -74,9 +74,9 @@ def ratio(options: argparse.Namespace) -> None:
     data = {"size": size, "channels": options.channels, "skip_bad": options.skip_bad}
     how = given(steps=options.steps) | {"device": str(chosen_device(options.device)), "progress": not options.quiet}
     ratio = DensityRatio(options.seed, options.discrete, data=data, **how)
-    ratio.fit(options.numerator, options.denominator)
+    ratio.fit(options.numerator, options.denominator, options.query)
     if options.save is not None:
-        ratio.save(options.save)  # now: the query may have other columns
+        ratio.save(options.save)
     scores = ratio.scores(options.query)
     if options.balance:
         weights = ratio.importance_weights(options.query, options.clip, options.numerator)

@@ -153,13 +153,14 @@ class DensityRatio:
 
     # --- fitting -------------------------------------------------------------------------------------------------
 
-    def fit(self, numerator: Any, denominator: Any) -> DensityRatio:
+    def fit(self, numerator: Any, denominator: Any, query: Any = None) -> DensityRatio:
         """Learns the ratio numerator / denominator. A fit that fails leaves the ratio as it was.
 
         Args:
             numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path
                 of a table, an array or a folder of images, or a SPEC as on the command line.
             denominator: Samples of q, of the same kinds; their number may differ.
+            query: What :meth:`scores` will be asked for, if it is there: mistakes in it are told before the training.
 
         Raises:
             UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
@@ -168,6 +169,8 @@ class DensityRatio:
         fields = {} if self.preset is None else preset_fields(self.preset)
         make_config(fields, {"train": override_fields(self.overrides)["train"]})
         pair = pair_up(numerator, denominator, self._options, self.discrete)
+        if query is not None:
+            read_query(query, pair.source.transform, pair.warp, self._options)
         with all_or_nothing(self):
             self._learn(pair)
             self._data = (numerator, denominator)
