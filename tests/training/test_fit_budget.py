@@ -1,6 +1,7 @@
 """The preset for images scales itself to the images and the time."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +69,24 @@ def test_after_few_steps_little_is_drawn_and_reported(tmp_path):
     assert counts({"train": {"steps": 30}, "report": {"limit": 77}, "sampling": {"n": 0}}) == (77, 0)
     # Of a preset for data that it knows the report is that of its published numbers.
     assert fit.with_budget([preset_fields("digits"), {"train": {"steps": 30}}], None, None, "cpu").report.limit > 8
+
+
+@pytest.mark.parametrize("preset", [[], ["encoder"]])
+def test_a_resume_with_more_steps_draws_and_reports_more(tmp_path, monkeypatch, preset):
+    configs = []
+    monkeypatch.setattr("torchcdm.cli.training.trained", lambda config, *_: configs.append(config) or sys.exit(0))
+
+    def counts(*words):
+        with pytest.raises(SystemExit):
+            main(["train", *words, "--out", str(tmp_path), "--device", "cpu", "--quiet"])
+        (tmp_path / "config.yaml").write_text(to_yaml(configs[-1]))
+        return configs[-1].train.steps, configs[-1].report.limit, configs[-1].sampling.n
+
+    assert counts("encoder", "--data", "digits", "--steps", "30") == (30, 8, 9)
+    assert counts(*preset, "--resume") == (30, 8, 9)
+    assert counts(*preset, "--resume", "--steps", "2000") == (2000, 91, 64)
+    assert counts(*preset, "--resume", "--report.limit", "5") == (2000, 5, 64)
+    assert counts(*preset, "--resume", "--steps", "3000") == (3000, 5, 64)
 
 
 def test_what_the_user_gives_is_not_chosen(monkeypatch):

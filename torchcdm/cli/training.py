@@ -88,6 +88,11 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
         # What was scaled stays as it was: times differ from one measurement to the next. Only the time may change.
         share = TRAINING_SHARE if scales([preset_fields(SCALED), *layers[1:]], options.budget) else 1.0
         time = {} if options.budget is None else {"max_seconds": share * seconds_of(options.budget)}
+        was, layers[0] = make_config(saved), preset_fields(SCALED)
+        chosen = with_budget([layers[0], {"train": saved.get("train", {})}], None, None, None)
+        for section, name in (("report", "limit"), ("sampling", "n")):  # what its steps chose is chosen anew
+            if getattr(getattr(was, section), name) == getattr(getattr(chosen, section), name):
+                saved.get(section, {}).pop(name, None)
         layers[1:1] = saved, {"train": time}
     elif saved and saved.get("preset") == options.preset is not None:
         layers.insert(1, {"data": saved.get("data", {})})
