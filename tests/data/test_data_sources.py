@@ -200,8 +200,18 @@ def test_layouts_of_images(tmp_path, shape, event, moved):
     assert ("(N, H, W, C)" in source.notes[0]) == moved
 
 
-def test_tensors_are_channels_first():
-    assert from_object(torch.rand(20, 8, 8, 3)).shape == (8, 8, 3)
+@pytest.mark.parametrize(
+    ("shape", "event"),
+    [((8, 8, 5), (8, 8, 5)), ((64, 8, 6), (64, 8, 6)), ((16, 4, 4), (16, 4, 4)), ((3, 8, 8), (3, 8, 8)),
+     ((8, 8, 3), (3, 8, 8)), ((8, 6, 1), (1, 8, 6)), ((28, 28, 4), (4, 28, 28))],
+)  # fmt: skip
+def test_tensors_are_channels_first_unless_colours_come_last(shape, event):
+    x = torch.rand(20, *shape)
+    source, of_dataset = from_object(x), from_object(torch.utils.data.TensorDataset(x))
+    expected = x if shape == event else x.movedim(3, 1)
+    for found in (source, of_dataset):
+        assert found.shape == event and rows(found.train, found.validation, found.test) == rows(MemorySplit(expected))
+    assert ("read as (N, H, W, C)" in source.notes[0]) == (shape != event)
 
 
 @pytest.mark.parametrize(

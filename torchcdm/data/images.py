@@ -159,10 +159,11 @@ def flip_horizontally(x: Tensor, generator: torch.Generator | None = None) -> Te
     return torch.where(coins.to(x.device)[:, None, None, None], x.flip(-1), x)
 
 
-def channels_first(shape: Sequence[int]) -> bool:
-    """Whether a shape is (C, H, W) and not (H, W, C): that with a square image, or else with fewer channels."""
+def channels_first(shape: Sequence[int], tensor: bool = False) -> bool:
+    """Whether a shape is (C, H, W) and not (H, W, C): that with a square image, or else with fewer channels. That of a
+    ``tensor`` of torch is, unless the last axis may be colours: 4 at most."""
     a, b, c = shape
-    return b == c if (a == b) != (b == c) else a <= c
+    return (tensor and c > 4) or (b == c if (a == b) != (b == c) else a <= c)
 
 
 def _pixels(array: np.ndarray) -> Tensor:

@@ -75,9 +75,9 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
     Integers are grey levels; floats are continuous.
 
     Args:
-        data: Tensor (N, d) or (N, C, H, W); numpy array, where channels may come last; a pandas DataFrame or Series; a
-            torch Dataset of samples or (sample, label) pairs, samples being tensors, arrays or Pillow images; a pair
-            (samples, labels); or a DataSource, which is given back.
+        data: Tensor or array (N, d), (N, C, H, W) or (N, H, W, C) as the sizes tell, of a tensor with up to four
+            channels; a pandas DataFrame or Series; a torch Dataset of samples or (sample, label) pairs, samples being
+            tensors, arrays or Pillow images; a pair (samples, labels); or a DataSource, which is given back.
         labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
         options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``), and ``dequantize``.
         **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``options``.
@@ -99,9 +99,9 @@ def samples_of(data: Any, labels: Any, options: DataOptions, name: str | None = 
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
     if isinstance(data, (Tensor, np.ndarray, list, memoryview)):
-        first = isinstance(data, Tensor)
-        name = name or ("tensor" if first else "array")
-        return arrays.samples_of(arrays.as_array(data, name), labels, name, options, first=first)
+        tensor = isinstance(data, Tensor)
+        x = arrays.as_array(data, name := name or ("tensor" if tensor else "array"))
+        return arrays.samples_of(x, labels, name, options, first=x.ndim == 4 and channels_first(x.shape[1:], tensor))
     if is_frame(data):
         column = labels if isinstance(labels, str) else None
         labels, options = None if column else labels, replace(options, label=column)
@@ -181,7 +181,7 @@ def _sample(dataset: Any, index: int) -> Tensor:
         value, _ = from_pillow(value)
     elif not isinstance(value, (Tensor, np.ndarray)):
         raise UserError(f"{what} is a {type(value).__name__}; give tensors or images")
-    last = isinstance(value, np.ndarray) and value.ndim == 3 and not channels_first(value.shape)
+    last = value.ndim == 3 and not channels_first(value.shape, isinstance(value, Tensor))
     value = arrays.as_array(value, what)
     arrays.check_numbers(value, what)
     value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)

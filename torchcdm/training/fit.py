@@ -65,9 +65,9 @@ def fit(
     """Trains a model on data that are at hand and returns the best one on a validation split, in eval mode.
 
     Args:
-        data: Tensor or array of images (N, C, H, W) or vectors (N, d), integers for grey levels and floats for
-            continuous values; a data frame; a torch Dataset; a pair (samples, labels); the path of a table, an array
-            or a folder of images, or a SPEC as on the command line.
+        data: Tensor or array of images (N, C, H, W) or (N, H, W, C) or vectors (N, d), integers for grey levels and
+            floats for continuous values; a data frame; a torch Dataset; a pair (samples, labels); the path of a table,
+            an array or a folder of images, or a SPEC as on the command line.
         labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so. Of a data frame or the
             path of a table, the name of a column.
         preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
