@@ -154,12 +154,16 @@ def test_mistakes_are_named():
     theta, x = pairs()
     model = CDMConditional(**TINY).fit(theta, x)
     texts = CDMConditional(**TINY).fit(theta.assign(kind=np.where(np.arange(80) % 3, "a", "b")), x)
+    dates = CDMConditional(**TINY).fit(pd.Series(pd.date_range("2020-01-01", periods=80), name="day"), x)
+    each = r"log_prob gives a number for each column; give torch.distributions.Independent\(prior, 1\), .*shape \(2,\)"
     for call, message in (
         (lambda: model.sample(5, x, together=True), "prior is None; it is needed: give one with log_prob"),
         (lambda: model.log_prob(theta, x, together=True), "prior is None; it is needed: give one with log_prob"),
-        (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), "log_prob gives .*one number a sample"),
+        (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), each),
+        (lambda: model.log_prob(theta, x, prior=Uniform(torch.full((2,), -9.0), 9.0)), each),
+        (lambda: dates.sample(5, x.iloc[:2], prior=ONE), "prior: log_prob takes numbers, and 'day' is a date"),
         (lambda: model.sample(5, x, together=True, prior=THREE), r"its vectors are \(3,\), those of theta \(2,\)"),
-        (lambda: texts.sample(5, x, together=True, prior=THREE), "prior: could not convert string"),
+        (lambda: texts.sample(5, x, together=True, prior=THREE), "prior: .* and 'kind' is a category; give"),
         (lambda: model.sample(5, x.iloc[:2], prior=FAR), "prior: no mass in any draw given x number 0; fit more"),
         (lambda: model.sample(5, x.iloc[:2], prior="box"), "prior is 'box'; it is needed: give one with log_prob"),
         (lambda: model.sample(5, x.iloc[:2], prior=ONE), r"its vectors are \(1,\), those of theta \(2,\)"),

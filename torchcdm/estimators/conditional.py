@@ -266,6 +266,10 @@ class CDMConditional(DensityEstimator):
             if hasattr(prior, "score_samples"):
                 log_p = torch.from_numpy(prior.score_samples(rows))
             else:
+                for column in self.columns_.columns:
+                    if column.kind in ("date", "category"):
+                        mend = "give a prior with score_samples, such as a CDMDensity of theta"
+                        raise UserError(f"log_prob takes numbers, and '{column.name}' is a {column.kind}; {mend}")
                 theta = torch.from_numpy(np.asarray(rows, np.float64).copy())
                 varies = [column.name not in self.columns_.constants for column in self.columns_.columns]
                 theta[:, varies] += codes - codes.detach()  # nothing but their gradient
@@ -273,8 +277,11 @@ class CDMConditional(DensityEstimator):
                 inside = prior.support.check(theta) if hasattr(prior, "support") else log_p < 0
                 if inside.any():
                     known = inside.reshape(len(theta), -1).all(1).nonzero()[:, 0]
-                    found = one_each(prior.log_prob(theta[known]), theta[known], "log_prob").double()
-                    log_p = log_p.index_put((known,), found)
+                    found = prior.log_prob(theta[known])
+                    if getattr(found, "shape", ()) == theta[known].shape:
+                        mend = f"torch.distributions.Independent(prior, 1), with prior.batch_shape {rows.shape[1:]}"
+                        raise UserError(f"log_prob gives a number for each column; give {mend}")
+                    log_p = log_p.index_put((known,), one_each(found, theta[known], "log_prob").double())
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"prior: {reason(error)}") from None
         return torch.where(log_p > -torch.inf, power * (log_p - log_det), -torch.inf)
