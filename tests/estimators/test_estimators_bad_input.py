@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
 
+from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
 from torchcdm.estimators.base import data_frame
@@ -77,6 +78,28 @@ def test_texts_are_no_numbers():
         (name,) = wrong
         with pytest.raises(UserError, match=f"^{name} is '"):
             kind(**TINY, **wrong).fit(GOOD)
+    with pytest.raises(UserError, match="^contamination is 'aut'; it must be a valid number, or 'auto'$"):
+        CDMOutlierDetector(**TINY, contamination="aut").fit(GOOD)
+
+
+TEXTS = [["a", 1.0]] * 40
+
+
+@pytest.mark.parametrize("texts", [np.array(TEXTS), np.array(TEXTS, object), TEXTS])
+def test_an_array_of_texts_is_to_be_a_data_frame(texts):
+    for fit in (CDMDensity(**TINY).fit, lambda x: CDMConditional(**TINY).fit(GOOD[:40], x)):
+        with pytest.raises(UserError, match="holds texts; give a data frame"):
+            fit(texts)
+
+
+def test_a_table_that_is_not_collected_is_refused():
+    class LazyFrame:
+        columns, collect = ["a", "b"], None
+
+    lazy = LazyFrame()
+    for fit in (CDMDensity(**TINY).fit, lambda x: CDMConditional(**TINY).fit(GOOD, x), from_object):
+        with pytest.raises(UserError, match=r"a LazyFrame holds no rows yet; call its .collect\(\)"):
+            fit(lazy)
 
 
 @pytest.mark.parametrize("name", NUMBERS)

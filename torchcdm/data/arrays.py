@@ -123,7 +123,7 @@ def interpret(
 def check_numbers(x: np.ndarray, name: str) -> None:
     """Refuses, by shape or type, what holds no values, or none that are numbers."""
     if x.dtype.kind not in "buif":
-        raise UserError(f"{name}: values of type {x.dtype} are not numbers")
+        raise UserError(f"{name}: values of type {x.dtype} are not numbers; texts and dates need a data frame")
     if 0 in x.shape:
         raise UserError(f"{name}: an array of shape {x.shape} holds no values")
 

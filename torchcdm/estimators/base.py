@@ -370,14 +370,18 @@ def data_frame(
     smallest = SMALLEST_TABLE if like is None else 1
     named = is_frame(table)
     if not named:
-        if check is None or isinstance(table, Tensor) or np.ma.is_masked(table):
-            table = as_array(table, name)  # the check would drop the mask of an array
-        if check is None:
-            table, check = table.reshape(-1, 1) if table.ndim < 2 else table, partial(check_array, input_name=name)
         try:
+            if check is None or isinstance(table, Tensor) or np.ma.is_masked(table):
+                table = as_array(table, name)  # the check would drop the mask of an array
+            if check is None:
+                table, check = table.reshape(-1, 1) if table.ndim < 2 else table, partial(check_array, input_name=name)
             table = pd.DataFrame(check(table, dtype=np.float64, ensure_min_samples=smallest))
         except OverflowError:
             raise UserError("the table has numbers beyond float64 (1.8e308)") from None
+        except ValueError as error:
+            if "could not convert string" not in str(error):
+                raise
+            raise UserError(f"{name}: holds texts; give a data frame, whose columns may hold them") from None
     frame = as_frame(table) if like is not None else without_counter(as_frame(table))
     if len(frame) < smallest:
         raise UserError(f"{name}: {len(frame)} sample(s); a minimum of {smallest} is required")

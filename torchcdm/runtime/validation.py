@@ -173,7 +173,7 @@ _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 
 
 def mistake(error: ValidationError, value: Any, path: str = "") -> str:
     """A line that names the first mistake in ``value``, which lies at the dotted ``path``."""
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     kind, facts, found = first["type"], first.get("ctx", {}), first["input"]
     for part in first["loc"]:
         try:
@@ -199,6 +199,8 @@ def mistake(error: ValidationError, value: Any, path: str = "") -> str:
             needed = first["msg"]
             for theirs, ours in _WORDS.items():
                 needed = needed.replace(theirs, ours)
+            same = (other for other in others if other["loc"][:-1] == first["loc"][:-1] and other["input"] is found)
+            needed += "".join(f", or {other['ctx']['expected']}" for other in same if other["type"] == "literal_error")
     return f"{here} is {shown(found)}; {needed}"
 
 

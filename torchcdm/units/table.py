@@ -272,8 +272,8 @@ class TableEncoding:
 
 
 def is_frame(data: Any) -> bool:
-    """Whether these are columns of a data frame, or one of them, a series."""
-    return hasattr(data, "columns") and hasattr(data, "shape") or hasattr(data, "to_frame")
+    """Whether these are columns of a data frame, or one of them, a series; :func:`as_frame` refuses lazy ones."""
+    return hasattr(data, "collect") or hasattr(data, "columns") and hasattr(data, "shape") or hasattr(data, "to_frame")
 
 
 def as_frame(data: Any) -> DataFrame:
@@ -281,6 +281,8 @@ def as_frame(data: Any) -> DataFrame:
     Series becomes one column."""
     import pandas as pd
 
+    if hasattr(data, "collect"):
+        raise UserError(f"a {type(data).__name__} holds no rows yet; call its .collect(), and give what that returns")
     data = data if hasattr(data, "to_numpy") else data.to_pandas()
     if not hasattr(data, "columns"):
         data = data.to_frame(name="value" if data.name is None else data.name)
