@@ -9,6 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from torchcdm.apps.ratio import DensityRatio
+from torchcdm.errors import UserError
 from torchcdm.estimators import CDMConditional
 
 sbi = pytest.importorskip("sbi")
@@ -110,6 +111,9 @@ def test_columns_that_are_constant_and_data_frames_keep_their_places():
     torch.testing.assert_close(of_frames.log_prob(theta[None], x), of_arrays.log_prob(theta[None], x))
     ratio = DensityRatio(random_state=0, max_seconds=5, device="cpu").fit(*pairs_and_strangers(theta, x))
     assert SbiRatio(ratio, 3).unnormalized_log_ratio(theta[:3], x[:3]).shape == (3,)
+    for wrong, mend in ((0, "at least 1"), (7, "less than 7"), (["a", "b"], "a valid integer")):
+        with pytest.raises(UserError, match=f"^parameters is .*; it must be {mend}"):
+            SbiRatio(ratio, wrong)
 
 
 def test_what_is_not_fitted_says_so():

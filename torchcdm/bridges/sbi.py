@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import numpy as np
 import pandas as pd
 import torch
+from annotated_types import Lt
 from sbi.neural_nets.estimators.base import ConditionalDensityEstimator
 from sbi.neural_nets.ratio_estimators import RatioEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from torchcdm.random import permutation
+from torchcdm.runtime.validation import Count, read_as
 
 if TYPE_CHECKING:
     from torchcdm.apps.ratio import DensityRatio
@@ -61,13 +63,15 @@ class SbiDensity(ConditionalDensityEstimator):
 class SbiRatio(RatioEstimator):
     """log p(theta, x) / (p(theta) p(x)) of a fitted ratio, up to a constant: what ``RatioBasedPotential`` takes.
 
-    The ``ratio`` was fitted on what :func:`pairs_and_strangers` gives, whose first columns are the ``parameters``
-    theta. It has no gradient in theta: sbi's slice samplers and importance sampling work, HMC and NUTS do not.
+    The ``ratio`` was fitted on what :func:`pairs_and_strangers` gives. So many of its first columns as ``parameters``
+    says are theta; UserError for no such number. It has no gradient in theta: sbi's slice samplers and importance
+    sampling work, HMC and NUTS do not.
     """
 
     def __init__(self, ratio: DensityRatio, parameters: int) -> None:
         ratio._check_fitted()
         self.columns: TableEncoding = ratio._warp.table
+        parameters = read_as(Annotated[Count, Lt(len(self.columns.columns))], parameters, "parameters")
         super().__init__(ratio._model, (parameters,), (len(self.columns.columns) - parameters,))
         self.ratio = ratio
 
