@@ -31,6 +31,7 @@ def files(tmp_path_factory):
     np.save(folder / "texts.npy", np.full((8, 8), "a"))
     np.save(folder / "unknown.npy", np.full((8, 8), np.nan))
     Image.fromarray(np.triu(np.full((8, 8), 255, np.uint8))).save(folder / "lossy.jpg")
+    Image.fromarray(np.arange(144, dtype=np.uint8).reshape(12, 12)).save(folder / "other.jpg")
     return folder
 
 
@@ -90,6 +91,7 @@ def test_what_is_known_is_kept_and_the_rest_is_spread():
     (["x.npy", "--mask", "unknown.npy"], "is no array of finite numbers"),
     (["x.npy", "--mask", "no.npy"], "no.npy"),
     (["x.npy", "--mask", "lossy.jpg"], "lossy.jpg: has grey levels; save black and white alone, as a PNG"),
+    (["x.npy", "--mask", "other.jpg"], "other.jpg: has shape (12, 12); the model takes (1, 8, 8)"),
     (["x.npy"], "one of the arguments --mask --blur --scale is required"),
     (["x.npy", "--blur", "1", "--scale", "2"], "not allowed with"),
     (["x.npy", "--blur", "0"], "blur: std is 0"),
