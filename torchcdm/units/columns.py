@@ -92,8 +92,11 @@ class ColumnTransform(DataTransform):
                     found[k] = Cells((), 0.0, True), steps
         histograms = {}
         for k, (one, edges) in found.items():
+            # All rows are inside, rounded to float32 too.
+            (low, high), eps = x[:, k].aminmax(), torch.finfo(torch.float32).eps
+            edges[0], edges[-1] = min(edges[0], low - eps * low.abs()), max(edges[-1], high + eps * high.abs())
             # One more sample, spread over all cells: none is impossible.
-            counts = torch.histogram(x[:, k].clamp(edges[0], edges[-1]).contiguous(), edges).hist + 1 / len(edges)
+            counts = torch.histogram(x[:, k].contiguous(), edges).hist + 1 / len(edges)
             share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
             histograms[k] = one, edges.tolist(), (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
         return cls(warp, histograms, dequantize)
@@ -206,8 +209,8 @@ def _edges(x: Tensor, cells: Cells) -> Tensor:
     edges, gap = torch.cat([centres - half, centres + half]), 1e-6 * half
     others = x[(x[:, None] - centres).abs().amin(1) > half + gap] if cells.mixed else x[:0]
     if len(others):
-        shares = np.linspace(0, 1, 1 + min(KNOTS, max(2, len(others) // KNOT_ROWS)))
-        knots = torch.from_numpy(_outward(np.quantile(others.numpy(), shares)))  # of any number of rows
+        count = min(KNOTS, max(2, len(others) // KNOT_ROWS))
+        knots = torch.from_numpy(np.quantile(others.numpy(), np.linspace(0, 1, count + 1)))  # of any number of rows
         edges = torch.cat([edges, knots[(knots[:, None] - centres).abs().amin(1) > half + gap]])
     edges = edges.sort().values
     # Neighbouring cells share an edge, to rounding.
@@ -222,7 +225,7 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
     values, counts = np.unique(x.numpy(), return_counts=True)
     if len(values) < 3:
         return x, -math.inf
-    ends = _outward(np.concatenate([values[:1], values[1:] / 2 + values[:-1] / 2, values[-1:]]))
+    ends = np.concatenate([values[:1], values[1:] / 2 + values[:-1] / 2, values[-1:]])
     below = np.concatenate([[0], counts.cumsum()])
     best, first = np.zeros(len(values) + 1), np.zeros(len(values), int)
     for last in range(len(values)):
@@ -234,12 +237,6 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
     while chosen[-1]:
         chosen.append(first[chosen[-1] - 1])
     return torch.from_numpy(np.unique(ends[chosen])), float(best[-1] / len(x))
-
-
-def _outward(edges: np.ndarray) -> np.ndarray:
-    """Rising edges whose ends are values: a little farther out, so that these are inside when rounded to float32."""
-    edges[[0, -1]] += np.finfo(np.float32).eps * np.abs(edges[[0, -1]]) * [-1, 1]
-    return edges
 
 
 def _cell_of(values: Tensor, edges: Tensor) -> Tensor:
