@@ -36,7 +36,7 @@ def at_level(t: int) -> NormalCells:
 
 def over_all_cells(cells: NormalCells, z: Tensor, x0: Tensor) -> Tensor:
     """log P(k|z) for every k, (B, DIM, LEVELS), as defined: all cells, the tilt by Newton, nothing left out."""
-    edges = cells.transform.cell_edges
+    edges = torch.special.ndtri(cells.transform.cumulative)
     middle = (cells.mean_weight * z)[..., None]
     lower, upper = ((edge - middle) / cells.deviation for edge in (edges[:, :-1], edges[:, 1:]))
     # By symmetry to the left tail, where log_ndtr is accurate.

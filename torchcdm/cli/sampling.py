@@ -129,19 +129,18 @@ def _measurement(options: argparse.Namespace, shape: tuple[int, ...]) -> tuple[M
         if shape[1] % K or shape[2] % K:
             raise UserError(f"--scale {K}: must divide the model's {shape[1]} x {shape[2]} pixels")
         return compose.downsampling(K), (shape[0], shape[1] // K, shape[2] // K)
-    picture = options.mask.suffix.lower() != ".npy"
-    if not picture:
+    if options.mask.suffix.lower() == ".npy":
         array, _, _ = read_array(options.mask)
         if array.dtype.kind not in "buif" or not np.isfinite(array).all():
             raise UserError(f"--mask {options.mask}: is no array of finite numbers, 0 where nothing is known")
-        known = torch.from_numpy(array != 0)
+        colour = known = torch.from_numpy(array != 0)
     else:
         pixels = read_image(options.mask)
         colour = pixels[:-1] * (pixels[-1:] > 0) if len(pixels) in (2, 4) else pixels  # opaque black is black
         known = (colour > 0).any(0)
     if tuple(known.shape) not in (shape, shape[1:]):
         raise UserError(f"--mask {options.mask}: has shape {tuple(known.shape)}; the model takes {shape}")
-    if picture and len(colour.unique()) > 2:  # as JPEG leaves them around its edges
+    if len(colour.unique()) > 2:  # as JPEG leaves them around its edges
         raise UserError(f"--mask {options.mask}: has grey levels; save black and white alone, as a PNG")
     if not known.any():
         raise UserError(f"--mask {options.mask}: is 0 everywhere, so nothing is known; cdm sample draws without")

@@ -145,7 +145,7 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
     if options.size is not None:
         notes.append("images are resized to {} x {}, as in training.".format(*options.size))
     tiles = torch.stack([x[:, top : top + height, left : left + width] for top, left in places])
-    return without_columns(tiles, names)._replace(notes=tuple(notes))
+    return Inputs(tiles, names, [""] * len(names), tuple(notes))
 
 
 def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataOptions) -> Inputs:
@@ -167,7 +167,8 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
     values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == shape)
     values = arrays.convert_images(values, grid, options) if values.ndim == 4 else values
     _check_shape(tuple(values.shape[1:]), shape, path)
-    return without_columns(single(values.numpy(), str(path)), [f"{printable(path)}[{i}]" for i in range(len(values))])
+    names = [f"{printable(path)}[{i}]" for i in range(len(values))]
+    return Inputs(single(values.numpy(), str(path)), names, [""] * len(names))
 
 
 def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: tuple[int, ...]) -> Tensor | None:
@@ -217,8 +218,3 @@ def check_range(x: Sequence[Tensor], names: Sequence[str], transform: DataTransf
     for part, name in zip(x, names, strict=True):
         if not noisy and (part.min() < low - bin / 2 or part.max() > high + bin / 2):
             raise UserError(f"{name}: values from {part.min():g} to {part.max():g}; {levels}")
-
-
-def without_columns(x: Tensor, names: list[str]) -> Inputs:
-    """Samples that have no columns, so that none deviates."""
-    return Inputs(x, names, [""] * len(x))

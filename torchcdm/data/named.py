@@ -207,9 +207,6 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
     return paths, absent
 
 
-# --- toys ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Toy:
     """A toy distribution in the plane, as likely in each class: Gaussians along curves.

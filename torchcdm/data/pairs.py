@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.inputs import Inputs, read_inputs, read_table, without_columns
+from torchcdm.data.inputs import Inputs, read_inputs, read_table
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, Grid, MemorySplit, single
@@ -153,7 +153,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
         shape = tuple(query.shape[1:])
         if shape != transform.shape:
             raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
-        return without_columns(query.float(), [f"sample {i}" for i in range(len(query))])
+        return Inputs(query.float(), [f"sample {i}" for i in range(len(query))], [""] * len(query))
     if isinstance(query, Tensor):
         raise UserError(f"query: holds images; rows of {len(table.columns)} numbers are needed")
     found = read_table(query, "query", table, options)

@@ -322,8 +322,7 @@ def _best_share(
     rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
     x, generator = torch.cat(parts).repeat(DRAWS, *[1] * (parts[0].ndim - 1)), stream(0, "classes held out")
     t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
-    alpha, sigma = schedule.at(t, x)
-    x = alpha * x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    x = schedule.perturb(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device))
 
     def judged(share: float, shrinkage: float) -> tuple[Tensor, float]:
         """log p of the samples, and mean log probability of their class with noise, classes equally frequent."""

@@ -119,7 +119,8 @@ class NormalCells(NoisyCells):
         # z is N(0, v), and x given z is N(mean_weight * z, deviation²).
         self.v = self.alpha**2 + self.sigma**2
         self.mean_weight, self.deviation = self.alpha / self.v, self.sigma / self.v.sqrt()
-        self.edges, self.unit = transform.cell_edges.flatten(0, -2), transform.cell_width.flatten()
+        self.edges = torch.special.ndtri(transform.cumulative).flatten(0, -2)
+        self.unit = transform.cell_width.flatten()
 
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:
         dimension = torch.arange(len(self.edges), device=z.device).repeat(len(z))

@@ -331,14 +331,13 @@ def judge(
     else:
         unasked = one_pass is None and log_z.restricted is None
         lacking = "one pass was not asked for" if unasked else log_z.lacking
-    if not lacking and log_z.restricted is not None:
-        error = per_nat * log_z.width * log_z.se
-        why = f"The restricted rows are bounds for any input: their log Z, at level {log_z.level}, passed its tests"
-        return Verdict(Row("one-pass-normalized", None, None, 1, level), True, f"{why}, and is known to {error:.4f}.")
+    without = Row("one-pass-normalized", None, None, 1, level)
     if lacking:
-        why = f"No normalised number can be given: {lacking}."
-        return Verdict(Row("one-pass-normalized", None, None, 1, level), False, why)
+        return Verdict(without, False, f"No normalised number can be given: {lacking}.")
     shift, z_error, widest = per_nat * log_z.value, per_nat * log_z.se, per_nat * log_z.width * log_z.se
+    if log_z.restricted is not None:
+        why = f"The restricted rows are bounds for any input: their log Z, at level {log_z.level}, passed its tests"
+        return Verdict(without, True, f"{why}, and is known to {widest:.4f}.")
     headline = Row("one-pass-normalized", one_pass.value + shift, math.hypot(one_pass.se, z_error), 1, log_z.level)
     tolerance = CONSISTENT * per_nat * log_z.dim * math.log(2)
     against = []

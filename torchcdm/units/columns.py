@@ -64,7 +64,8 @@ class ColumnTransform(DataTransform):
         for name, value in (("least", least), ("skew", skew), ("tail", tail), ("bent", bent.bool())):
             self.register_buffer(name, value, persistent=False)
         self.histograms = nn.ModuleDict({str(k): Histogram(*h) for k, h in dict(histograms).items()})
-        self.cells = {k: histogram.cells for k, histogram in self._columns() if histogram.cells.values}
+        self._columns = [(int(k), histogram) for k, histogram in self.histograms.items()]
+        self.cells = {k: histogram.cells for k, histogram in self._columns if histogram.cells.values}
         self.dequantize = dequantize and bool(histograms)
 
     @classmethod
@@ -120,7 +121,7 @@ class ColumnTransform(DataTransform):
         y = u * self.scale + self.shift
         below = (y - floor.log()).clamp_max(0) * floor
         x = torch.where(self.least > 0, torch.maximum(y, floor.log()).exp() + below, y)
-        for k, histogram in self._columns():
+        for k, histogram in self._columns:
             x[:, k] = histogram.inverse(z[:, k].double(), self.scale[k])
         return x.to(z.dtype)
 
@@ -142,13 +143,9 @@ class ColumnTransform(DataTransform):
         of_bend = torch.where(self.bent, bend_log_slope(u, self.skew, self.tail), 0.0)
         of_logarithm = torch.where(self.least > 0, -torch.maximum(x, floor_of(self.least)).log(), 0.0)
         slopes = of_bend + of_logarithm - self.scale.log()
-        for k, histogram in self._columns():
+        for k, histogram in self._columns:
             z[:, k], slopes[:, k] = histogram(x[:, k], self.scale[k])
         return z, slopes
-
-    def _columns(self) -> list[tuple[int, Histogram]]:
-        """The columns with a histogram."""
-        return [(int(k), histogram) for k, histogram in self.histograms.items()]
 
 
 @final

@@ -87,11 +87,6 @@ class GaussianizedTransform(DataTransform):
         return DataTransform(self.shape, (self.low + self.high) / 2, half, self.bin, True, self.low, self.high)
 
     @property
-    def cell_edges(self) -> Tensor:
-        """Edges of the cells in model units, (*shape, levels + 1), from -inf to inf."""
-        return torch.special.ndtri(self.cumulative)
-
-    @property
     def log_mass(self) -> Tensor:
         """log probability of each grey level, (*shape, levels)."""
         return self.cumulative.diff(dim=-1).log()

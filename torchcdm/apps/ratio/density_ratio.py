@@ -43,7 +43,6 @@ from torchcdm.training.checkpoint import KINDS, load, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained, usual_preset
 from torchcdm.training.run_folder import RunFolder
-from torchcdm.training.settings import Config
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
 from torchcdm.units.lattice import Discrete
 
@@ -151,8 +150,6 @@ class DensityRatio:
             raise UserError(f"data.{unused[0]} has no effect on a ratio; change the data that you give instead")
         return replace(options, seed=self.random_state)
 
-    # --- fitting -------------------------------------------------------------------------------------------------
-
     def fit(self, numerator: Any, denominator: Any, query: Any = None) -> DensityRatio:
         """Learns the ratio numerator / denominator. A fit that fails leaves the ratio as it was.
 
@@ -180,7 +177,12 @@ class DensityRatio:
         """Everything that :meth:`fit` sets."""
         began = time.monotonic()
         self._warp = pair.warp
-        config = self._config(pair.source)
+        few = pair.warp is not None and len(pair.source.train) <= FEW_VECTORS
+        short = VECTORS if self.preset is None and few else {}
+        # Not by the likelihood of either source: the blend judges by what the ratio gains.
+        train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
+        fields = preset_fields(self.preset or usual_preset(pair.source))
+        config = make_config(fields, short, LAYER, train, override_fields(self.overrides))
         limit = config.train.max_seconds or math.inf
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
         as_given = pair.warp is None or {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
@@ -189,8 +191,8 @@ class DensityRatio:
         held_out = [x[y == label] for label in (1, 0)]
         self._classifiers, self.blend, network = None, {}, True
         if pair.warp is not None:
-            train = _once(pair, "train")
-            self._classifiers = Classifiers.fit(*train, config.train.steps, self.random_state, began + limit / 2)
+            steps, until = config.train.steps, began + limit / 2
+            self._classifiers = Classifiers.fit(*_once(pair, "train"), steps, self.random_state, until)
             sides = [self._classifiers(part).numpy() for part in held_out]
             overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
             network = bool(self.preset or self.overrides.keys() - {"data", "max_seconds"}) or not overlap
@@ -228,14 +230,6 @@ class DensityRatio:
         z = model.transform(self._coordinates(x[order]).to(device))
         model.base = fit_class_gaussians(z, y[order].to(device), model.schedule).to(device)
 
-    def _config(self, source: DataSource) -> Config:
-        """Of the network."""
-        preset = self.preset or usual_preset(source)
-        short = VECTORS if self.preset is None and len(source.shape) == 1 and len(source.train) <= FEW_VECTORS else {}
-        # Not by the likelihood of either source: the blend judges by what the ratio gains.
-        train = {"train": {"select": "loss", "seed": self.random_state, "fallback": False}}
-        return make_config(preset_fields(preset), short, LAYER, train, override_fields(self.overrides))
-
     def _measure_limits(self, pair: Pair, held_out: Iterable[np.ndarray]) -> None:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator.
 
@@ -256,8 +250,6 @@ class DensityRatio:
         """The log ratio (N,)."""
         found = self.blend["offset"] + sum(self.blend[key] * estimates[key] for key in estimates if key in self.blend)
         return np.clip(found, self.blend.get("least"), self.blend.get("most"))
-
-    # --- scoring -------------------------------------------------------------------------------------------------
 
     def scores(self, x: Any) -> Scores:
         """Names, log ratios and whether they are extrapolation, from one pass.
@@ -339,8 +331,6 @@ class DensityRatio:
             raise UserError("this ratio has no data to test; call torchcdm.two_sample_test(numerator, denominator)")
         return two_sample_test(*self._data, permutations, random_state, self._options)
 
-    # --- files ---------------------------------------------------------------------------------------------------
-
     def save(self, path: str | Path) -> None:
         """Writes a folder: safetensors and JSON; UserError where it cannot be written, or nothing is fitted."""
         self._check_fitted()
@@ -367,8 +357,6 @@ class DensityRatio:
             ratio._classifiers = Classifiers.of(*tensors) if tensors else None
         ratio._model = require_density(load(path, device or "cpu"), "a ratio")
         return ratio
-
-    # --- parts ---------------------------------------------------------------------------------------------------
 
     def _check_fitted(self) -> None:
         if self._model is None:
