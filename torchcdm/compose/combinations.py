@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Annotated, final
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel, require_density
@@ -34,19 +35,6 @@ Experts = Sequence[tuple[DensityModel, int | None]]
 """Densities: a model, and one of its classes or None."""
 
 Exponent = Annotated[Float, Ge(1e-4), Le(1e4)]
-
-
-@final
-class ScaledSchedule(NoiseSchedule):
-    """A schedule with its noise multiplied by ``factor``, at level T+1 too."""
-
-    def __init__(self, schedule: NoiseSchedule, factor: float) -> None:
-        self.levels = schedule.alpha[1:-1], schedule.sigma[1:-1] * factor
-        super().__init__(schedule.T)
-        self.sigma = torch.cat([self.sigma[:-1], schedule.sigma[-1:] * factor])
-
-    def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.levels
 
 
 @final
@@ -232,7 +220,8 @@ def tempered(model: Denoiser, beta: Exponent) -> Combination:
 
 def _narrowed(model: DensityModel, share: float) -> GaussianMarginals:
     """The model's Gaussian at every level with so much of its variances, those of the noise too."""
-    schedule, g = ScaledSchedule(model.schedule, share**0.5), reference_gaussian(model)
+    schedule, g = deepcopy(model.schedule), reference_gaussian(model)
+    schedule.sigma *= share**0.5
     return GaussianMarginals(schedule, g.mean, g.variances * share, g.rotation)
 
 
