@@ -13,18 +13,12 @@ from small_runs import small_config
 
 import torchcdm
 from torchcdm.data import from_object
-from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.likelihood import Scoring, single_pass
-from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.config_files import make_config
-from torchcdm.training.finish import _uniform, compare, problems, sampling_options
+from torchcdm.training.finish import _uniform, compare, problems
 from torchcdm.training.loop import train
-from torchcdm.units import DataTransform
-
-SCHEDULE = CosineSchedule(50)
 
 
 def table(rows=160, columns=150):
@@ -104,27 +98,6 @@ def test_a_uniform_density_gives_values_probabilities():
     # Of rain one half is 0; of the other the numbers are alike.
     expected = math.log(5) + math.log(3) + math.log(2) + math.log(2) + 0.5 * math.log(10)
     assert _uniform(source, train, held_out) == pytest.approx(expected, abs=0.05)
-
-
-class Nothing(torch.nn.Module):
-    """No noise for a ddm; no correction of the standard normal, of 50 levels, for a cdm."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.width = width
-
-    def forward(self, x, *_):
-        return 0 * x.sum(1, keepdim=True).expand(-1, self.width)
-
-
-def test_without_a_density_the_evaluations_of_moves_go_into_steps():
-    sampling = small_config(sampling__steps="10", sampling__corrector="2").sampling
-    plain = DenoisingDiffusion(Nothing(2), SCHEDULE)
-    energy = ClassificationDiffusion(Nothing(52), SCHEDULE, DataTransform((2,)))
-    drawn = [torchcdm.sample(model, 2, shape=(2,), details=True, **sampling_options(model, sampling))
-             for model in (plain, energy)]  # fmt: skip
-    assert [found.evaluations for found in drawn] == [30, 28]
-    assert drawn[0].acceptance is None and drawn[1].acceptance > 0
 
 
 def test_training_samples_are_compared_without_their_cluster():

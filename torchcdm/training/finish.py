@@ -205,11 +205,8 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
 
 
 def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
-    """What the settings of a run say to :func:`draw`; without a density the evaluations of moves go into steps."""
-    moves, steps = sampling.corrector or 0, sampling.steps
-    if model.density is None:
-        steps, moves = steps and steps * (1 + moves), 0
-    return {"sampler": sampling.sampler, "steps": steps and min(steps, model.schedule.T), "corrector": moves}
+    """What the settings of a run say to :func:`draw`."""
+    return {"sampler": sampling.sampler, "steps": sampling.steps and min(sampling.steps, model.schedule.T)}
 
 
 def balanced_labels(n: int, classes: int) -> Tensor:

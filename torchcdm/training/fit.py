@@ -322,8 +322,8 @@ def with_budget(
 
 def _counts(config: Config, passes: float) -> dict[str, Any]:
     """Samples that are drawn and reported on, in their shares of the time of so many ``passes`` of training."""
-    evaluations = (config.sampling.steps or STEPS) * (1 + (config.sampling.corrector or 0))
-    report, drawn = int(REPORT_SHARE * passes / FLOW_COST), int(SAMPLING_SHARE * passes / evaluations)
+    report = int(REPORT_SHARE * passes / FLOW_COST)
+    drawn = int(SAMPLING_SHARE * passes / (config.sampling.steps or STEPS))
     limit, n = min(max(8, report), config.report.limit), min(max(9, drawn), config.sampling.n)
     return {"report": {"limit": limit}, "sampling": {"n": n}}
 

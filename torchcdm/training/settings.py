@@ -163,14 +163,12 @@ class SamplingConfig:
         n: Number of samples; none are drawn where it is 0.
         sampler: Name of the sampler; that of :func:`torchcdm.sample` when None, and so the others.
         steps: Levels visited.
-        corrector: Moves after each step that are accepted or rejected, of models with a density.
         guidance: Weight of the class, for models that saw classes.
     """
 
     n: CountOrZero = 64
     sampler: str | None = None
     steps: Count | None = None
-    corrector: CountOrZero | None = None
     guidance: Float = 0.0
 
 
