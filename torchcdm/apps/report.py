@@ -25,7 +25,7 @@ from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.run_folder import RunFolder, read_metrics
-from torchcdm.units import GaussianizedTransform
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 
 def write_report(
@@ -84,7 +84,8 @@ def _beside(source: DataSource, x: Tensor) -> list[Baseline]:
     if transform.gaussianized:
         found = [baseline._replace(name=f"{baseline.name}, Gaussianised") for baseline in found]
     if isinstance(transform, GaussianizedTransform):
-        found += baselines(replace(source, transform=transform.affine), noisy)
+        plain = DataTransform.images(transform.shape, round(transform.high - transform.low) + 1, low=transform.low)
+        found += baselines(replace(source, transform=plain), noisy)
     return found
 
 

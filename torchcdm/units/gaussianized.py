@@ -81,12 +81,6 @@ class GaussianizedTransform(DataTransform):
         return None
 
     @property
-    def affine(self) -> DataTransform:
-        """The plain transform of the same grid: the cells fill [-1, 1]."""
-        half = self.bin * (self.cumulative.shape[-1] - 1) / 2
-        return DataTransform(self.shape, (self.low + self.high) / 2, half, self.bin, True, self.low, self.high)
-
-    @property
     def log_mass(self) -> Tensor:
         """log probability of each grey level, (*shape, levels)."""
         return self.cumulative.diff(dim=-1).log()
