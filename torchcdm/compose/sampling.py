@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,10 +82,8 @@ class Draws:
 
         Another draw lies within as often as ``mass`` says: the k-th of n has k / (n + 1) of the mass below it.
         """
-        n = len(self.x)
-        places = ((1 + sign * mass) / 2 * (n + 1) - 1 for sign in (-1, 1))
-        shares = (min(max(place / max(n - 1, 1), 0.0), 1.0) for place in places)
-        low, high = (self._numbers().quantile(share, 0).float() for share in shares)
+        shares = (1 - mass) / 2, (1 + mass) / 2
+        low, high = torch.from_numpy(np.quantile(self._numbers().numpy(), shares, axis=0, method="weibull")).float()
         return low, high
 
     def _numbers(self) -> Tensor:

@@ -12,7 +12,9 @@ import math
 from collections.abc import Sequence
 from typing import final
 
+import numpy as np
 import torch
+from scipy.fft import dct
 from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity
@@ -89,10 +91,7 @@ DIAGONAL = {"cosine": CosineRotation, "diagonal": Rotation}
 
 def cosine_matrix(size: int) -> Tensor:
     """Orthonormal DCT-II as a float64 matrix (size, size); row k is the k-th cosine."""
-    k = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi / size * k[:, None] * (k[None] + 0.5)) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
+    return torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
 
 
 @final

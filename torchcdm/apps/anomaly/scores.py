@@ -97,8 +97,7 @@ def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> 
 
 def coarse_level(schedule: NoiseSchedule) -> int:
     """The first level whose noise-to-signal ratio is at least :data:`COARSE_NOISE`; the last where none is."""
-    enough = schedule.ratio[1:-1] >= COARSE_NOISE
-    return int(enough.int().argmax()) + 1 if bool(enough.any()) else schedule.T
+    return min(1 + int(torch.searchsorted(schedule.ratio[1:-1], COARSE_NOISE)), schedule.T)
 
 
 def learn_levels(profile: Tensor, coarse: int) -> dict[str, Tensor]:
