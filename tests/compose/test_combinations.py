@@ -53,7 +53,7 @@ def test_log_densities_and_scores_at_every_level(joint):
         (compose.all_of([one, two]), p + q),
         (compose.any_of(one, [0, 1], [1, 3]), torch.logaddexp(zero + math.log(0.25), first + math.log(0.75))),
         (compose.any_of([one, two]), torch.logaddexp(p, q) - math.log(2)),
-        (compose.any_of([one, two], log_z=torch.tensor([1.0, 0.0])), torch.logaddexp(p - 1, q) - math.log(2)),
+        (compose.any_of([one, two], weights=[1 / math.e, 1.0]), torch.logaddexp(p - 1, q) - math.log(1 + 1 / math.e)),
         (compose.any_of(one, [1]), first),
         (compose.none_of(one, [1]), zero),
         (compose.none_of(one, [1], kappa=0.4), 1.4 * p - 0.4 * first),

@@ -41,8 +41,8 @@ Exponent = Annotated[Float, Ge(1e-4), Le(1e4)]
 class Combination(DensityModel):
     """A weighted product, or a mixture, of densities: ``experts`` of one schedule and data transform.
 
-    The ``weights`` are w_i of a product, (n,), or pi_i of a mixture, (n,) or (n, T+2). UserError for different
-    schedules, transforms or shapes, or exponents whose sum is not positive: no density then.
+    The ``weights`` are w_i of a product, or pi_i of a mixture, (n,). UserError for different schedules, transforms or
+    shapes, or exponents whose sum is not positive: no density then.
     """
 
     weights: Tensor
@@ -64,7 +64,7 @@ class Combination(DensityModel):
         self.composed = not mixture or any(model.composed for model in models)
         self.experts = [(models.index(model), y) for model, y in experts]
         weights = weights.double().to(base.schedule.alpha.device)
-        self.register_buffer("weights", weights[:, None] if weights.ndim == 1 else weights, persistent=False)
+        self.register_buffer("weights", weights[:, None], persistent=False)
 
     def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_p = torch.stack(self._log_densities(x_t), 1)
@@ -158,17 +158,14 @@ def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:
     return Combination(experts, weights)
 
 
-def any_of(
-    model: Model, classes: Sequence[int] | None = None, weights: Sequence[float] | None = None,
-    log_z: Tensor | None = None,
-) -> Combination:  # fmt: skip
+def any_of(model: Model, classes: Sequence[int] | None = None, weights: Sequence[float] | None = None) -> Combination:
     """What is one of these: a mixture, exact at every level. Errors are those of :func:`all_of`.
 
     Args:
         model: A model with classes, or a list of models.
         classes: Classes of a single model.
-        weights: pi_i, of any sum; the class prior of a joint model, equal otherwise, when None.
-        log_z: Logarithms of what the densities integrate to, (n,) or at every level (n, T+2), nats; equal when None.
+        weights: pi_i, of any sum; the class prior of a joint model, equal otherwise, when None. Of models that are
+            known to integrate to Z_i, pi_i / Z_i.
     """
     experts = _experts(model, classes)
     first, pi = experts[0][0], torch.ones(len(experts), dtype=torch.float64)
@@ -178,10 +175,7 @@ def any_of(
         pi = first.log_class_prior.exp().cpu().double()[[y for _, y in experts]]
     if len(pi) != len(experts) or not (pi >= 0).all() or not 0 < float(pi.sum()) < math.inf:
         raise UserError(f"compose: weights are {weights}; give {len(experts)} numbers, none below 0")
-    pi = pi / pi.sum()
-    if log_z is not None:
-        pi = (pi.reshape(-1, *[1] * (log_z.ndim - 1)) * (-log_z.double()).exp()).double()
-    return Combination(experts, pi, mixture=True)
+    return Combination(experts, pi / pi.sum(), mixture=True)
 
 
 @checked
