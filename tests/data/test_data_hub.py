@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from torchcdm.data import MemorySplit, load_data
+from torchcdm.data.outputs import png
 from torchcdm.errors import UserError
 
 
@@ -31,15 +32,18 @@ class Rows:
     def __getitem__(self, key):
         return self.columns[key] if isinstance(key, str) else {name: rows[key] for name, rows in self.columns.items()}
 
+    def cast_column(self, name, kind):
+        return self
+
 
 def test_a_class_that_is_a_text_has_one_number_in_all_splits(monkeypatch):
-    from PIL import Image
-
     def rows(names, count):
-        return Rows(image=[Image.new("L", (4, 4), k) for k in range(count)], label=(names * count)[:count])
+        pictures = [{"bytes": png(np.full((1, 4, 4), k, np.uint8)), "path": None} for k in range(count)]
+        return Rows(image=pictures, label=(names * count)[:count])
 
     parts = {"train": rows(["cat", "dog", "zebra"], 12), "test": rows(["dog", "zebra"], 4)}
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: parts))
+    library = {"load_dataset": lambda name, config: parts, "Image": lambda decode: None}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(**library))
     source = load_data("hf:some/name")
     assert source.class_names == ("cat", "dog", "zebra") and source.test.labels.tolist() == [1, 2, 1, 2]
     names = {"cat": 0, "dog": 1, "zebra": 2}

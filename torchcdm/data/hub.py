@@ -41,8 +41,8 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
     if column is None or not len(rows["train"]):
         frames = {split: part.to_pandas() for split, part in rows.items()}
         return tables.samples_of(frames, f"hf:{argument}", options, like=like)
-    if hasattr(datasets, "Image"):  # the library would open files of any format
-        rows = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in rows.items()}
+    # Not decoded: the library would open files of any format.
+    rows = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in rows.items()}
     return _images(f"hf:{argument}", rows, column, options)
 
 
@@ -72,9 +72,8 @@ def _decoded(rows: Any, column: str, name: str, options: DataOptions, index: int
     """The image of a row, and the largest value that its pixels can have, None for floats."""
     try:
         cell = rows[index][column]
-        if isinstance(cell, dict):
-            cell = images.opened(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
-        pixels, high = images.from_pillow(cell)
+        file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        pixels, high = images.from_pillow(images.opened(file))
         return images.conform(pixels, high, options.size, options.channels), high
     except Exception as error:
         raise UserError(f"{name}: row {index} cannot be read as an image ({reason(error)})") from error
