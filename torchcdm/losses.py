@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from collections.abc import Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -18,12 +20,12 @@ from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
 LARGEST_TIME_STEP = 0.75
 """Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
 
-DISPLACEMENT = 7.0
-"""Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon * sigma): between the
-rounding of x + displacement and the curvature, which are 0.01 of a trained network's gradient there."""
+DISPLACEMENT = 60.0
+"""Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon) times the error of x_t:
+0.02 of it in float32, between a network's rounding and its curvature."""
 
 Terms = dict[str, Tensor]
-"""Loss terms by name, each (B,); ``loss`` is the one to average and minimise."""
+"""Loss terms by name, each (B,); ``loss`` is the one to average and minimise, and to differentiate."""
 
 
 def stratified_levels(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -144,16 +146,62 @@ class CDMLoss(Loss):
 
         Joint models add ``ce_joint``; ``time`` where it has a weight. The ``mse`` is a constant at level 0, 0 at T+1.
         """
-        schedule, dtype = self.model.schedule, x_t.dtype
-        if self.mse_weight:
-            result, mse = squared_error(self.model, x_t, t, y, eps)
-            log_p, unconditional = result.log_prob_levels, result.unconditional
-        else:
+        if not self.mse_weight:
             log_p, unconditional = self.model.conditional_and_marginal(x_t, y)
-            mse = x_t.new_zeros(len(x_t))
+            found = Evaluation(eps, log_p, unconditional, t)
+        elif differences_suffice(x_t):
+            return self._terms_by_differences(x_t, t, y, eps)
+        else:
+            found = self.model.evaluate(x_t, t, y, graph=True, check=False)
+        logits, terms = self._terms_of_logits(found, x_t, t, y, eps)
+        return {"loss": self.mse_weight * terms["mse"] + logits, **terms}
+
+    def _terms_by_differences(self, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor) -> Terms:
+        """The same from first derivatives alone, with the gradient in ``loss``.
+
+        eps_hat = -sigma grad log p_t is a derivative itself. The gradient of the mean square of its error e is that of
+        -2 sigma / d times the derivative of log p_t along e, held fixed, and so of a difference of two values of
+        log p_t. As x_t is moved by a share of sigma e, this has one factor for all samples: while logits do not count,
+        the pass back that gives eps_hat gives the first value's gradient in the weights, too. The first pass is over
+        before the second begins, and its memory is free.
+        """
+        model, counts = self.model, self.logits_count and bool(self.ce_weight or self.time_weight)
+        weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # Every other sample goes the other way: what is left of the curvature is of second order. Level 0 stays.
+        sigma = model.schedule.sigma[t].to(x_t.dtype)
+        way, random_state = (sigma > 0).to(x_t.dtype), torch.get_rng_state()
+        way[1::2] *= -1
+        share = DISPLACEMENT * torch.finfo(x_t.dtype).eps ** 0.5
+        factor = self.mse_weight * 2 / (x_t[0].numel() * share)
+        with torch.enable_grad():
+            x, base = x_t.detach().requires_grad_(), model.base.log_prob_levels(x_t)
+            parts = model.corrections(x, y)
+            value = way @ parts[0].gather(1, t[:, None])[:, 0].to(way)
+            inputs = [x] if counts else [x, *weights]
+            gradient, *known = torch.autograd.grad(value, inputs, retain_graph=counts, allow_unused=True)
+            eps_hat = model.eps_of(x_t, t, gradient * _as_rows(way, x_t))
+            found = Evaluation(eps_hat, *(base + part.double() for part in parts), t)
+            logits, terms = self._terms_of_logits(found, x_t, t, y, eps)
+            if counts and weights:
+                known = torch.autograd.grad(value + logits.sum() / factor, weights, allow_unused=True)
+        del parts, value, found  # and with them the graph of the first pass
+        moved = x_t + _as_rows(share * way * sigma, x_t) * (eps_hat - eps).to(x_t.dtype)
+        with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
+            torch.set_rng_state(random_state)
+            there = model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
+        slope = factor * (_Known.apply(way, known, *weights) - way * there)
+        loss = (self.mse_weight * terms["mse"] + logits).detach()
+        return {"loss": loss + slope - slope.detach(), **{key: term.detach() for key, term in terms.items()}}
+
+    def _terms_of_logits(
+        self, found: Evaluation, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
+    ) -> tuple[Tensor, Terms]:
+        """What the logits add to the loss, (B,), and all terms but that."""
+        schedule, dtype, unconditional = self.model.schedule, x_t.dtype, found.unconditional
+        mse = (found.eps - eps).square().flatten(1).mean(1)
         # The outcomes of a joint model are (class, level), their normaliser the sum of p_t(x) over the levels;
         # at level T+1 the classes are one outcome, so that its probability carries no class prior.
-        ce = unconditional.logsumexp(1) - log_p.gather(1, t[:, None])[:, 0]
+        ce = unconditional.logsumexp(1) - found.log_prob_levels.gather(1, t[:, None])[:, 0]
         if self.model.joint and y is not None:
             # Nothing for the null label, which stands for all classes.
             prior = nn.functional.pad(self.model.log_class_prior, (0, 1))[y]
@@ -165,9 +213,10 @@ class CDMLoss(Loss):
         if self.model.joint:
             terms["ce_joint"] = ce.to(dtype)
         if self.time_weight and self.logits_count:
-            terms["time"] = self._time_error(x_t, t, result.eps.detach(), mse.detach(), log_p).to(dtype)
+            log_p = found.log_prob_levels
+            terms["time"] = self._time_error(x_t, t, found.eps.detach(), mse.detach(), log_p).to(dtype)
             logits = logits + self.time_weight / d * terms["time"]
-        return {"loss": self.mse_weight * mse + self.logits_share.to(dtype) * logits, **terms}
+        return self.logits_share.to(dtype) * logits, terms
 
     def _time_error(self, x_t: Tensor, t: Tensor, eps_hat: Tensor, mse: Tensor, log_p: Tensor) -> Tensor:
         """Squared error of d log p / d log r at a fixed point, over 2 d (identity 11): float64 (B,).
@@ -191,37 +240,24 @@ class CDMLoss(Loss):
         return (error.square() / (2 * d)).where(used, torch.zeros_like(error))
 
 
-def squared_error(
-    model: ClassificationDiffusion, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
-) -> tuple[Evaluation, Tensor]:
-    """The model at ``x_t``, (B, *shape), and the mean square of eps_hat - eps, (B,), which carries the gradient.
+def _as_rows(values: Tensor, x: Tensor) -> Tensor:
+    """Values (B,) in a shape that goes with ``x``, (B, *shape)."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
-    eps_hat = -sigma grad log p_t is a derivative itself, so that its gradient is a second one: by differentiating
-    twice, on any device, in any precision and under the compiler. Where :func:`differences_suffice`, by first
-    derivatives alone: the gradient of the mean square of the error e is that of -2 sigma / d times the derivative of
-    log p_t along e, held fixed, and so of a difference of two values of log p_t.
-    """
-    if not differences_suffice(x_t):
-        result = model.evaluate(x_t, t, y, graph="all", check=False)
-        return result, (result.eps - eps).square().flatten(1).mean(1)
-    random_state = torch.get_rng_state()
-    result = model.evaluate(x_t, t, y, graph="densities", check=False)
-    error = result.eps - eps
-    sigma, rounding = model.schedule.sigma[t], torch.finfo(x_t.dtype).eps
-    # Every other sample goes the other way: what is left of the curvature is of second order.
-    way = torch.ones_like(sigma)
-    way[1::2] = -1
-    distance = way * DISPLACEMENT * (rounding * sigma).sqrt()
-    size = error.double().square().flatten(1).mean(1).sqrt().clamp_min(1e-12)
-    moved = x_t + (distance / size).reshape(-1, *[1] * (x_t.ndim - 1)).to(x_t.dtype) * error
-    with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
-        torch.set_rng_state(random_state)
-        there = model.conditional_and_marginal(moved, y)[0]
-    change = (there - result.log_prob_levels).gather(1, t[:, None])[:, 0]
-    # sigma / distance, which is finite where sigma is 0.
-    scale = way * (sigma / rounding).sqrt() / DISPLACEMENT
-    slope = -2 / error[0].numel() * size * scale * change
-    return result, error.square().flatten(1).mean(1) + (slope - slope.detach()).to(x_t.dtype)
+
+class _Known(Function):
+    """Zeros, like (B,), whose sum has ``known`` gradients in the ``weights``."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, known: Sequence[Tensor | None], *weights: Tensor) -> Tensor:
+        ctx.known = known
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if gradient.max() > gradient.min():
+            raise UserError("loss: on a CPU its gradient is that of the batch: weigh all samples alike")
+        return None, None, *(None if one is None else gradient[0] * one for one in ctx.known)
 
 
 def differences_suffice(x: Tensor) -> bool:

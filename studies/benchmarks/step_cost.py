@@ -232,6 +232,11 @@ def _rows(
         Contender(f"{name}/guided-step", guided_step(guided, x, y), f"{baseline}/guided-step"),
     ]
     if isinstance(model, ClassificationDiffusion):
+        if config.loss.logits_from[0]:  # the squared error alone until then
+            alone = build_loss(config.loss, model)
+            alone.advance(0.0)
+            run = training_step(alone, x, mode)
+            rows.append(Contender(f"{name}/squared-error-step", run, f"{baseline}/training-step"))
         for suffix, step in (("twice", differentiated_twice(train)), ("pytorch", with_pytorch_layers(train))):
             rows.append(Contender(f"{name}-{suffix}/training-step", step, f"{baseline}/training-step"))
         run = one_pass_likelihood(model, x)

@@ -13,6 +13,7 @@ def step_cost(network: str) -> str:
     steps = {
         "denoising-step": "denoising",
         "training-step": "training",
+        "squared-error-step": "training, squared error alone",
         "guided-step": "guided",
         "one-pass-likelihood": "one-pass likelihood",
     }
@@ -20,7 +21,10 @@ def step_cost(network: str) -> str:
     head = ["step", "CDM, ms", "DDM, ms", *(f"ratio to {key[9:].replace('ddm', 'the DDM')}" for key in rivals)]
     lines = []
     for step, title in steps.items():
-        own, other = rows[f"{network}/{step}"], rows.get(f"{network}-ddm/{step}")
+        own = rows.get(f"{network}/{step}")
+        if own is None:
+            continue
+        other = rows.get(f"{network}-ddm/{step.replace('squared-error', 'training')}")
         baseline = "1 evaluation" if other is None else f"{1e3 * other['seconds']:.0f}"
         ratios = [f"{own[key]:.2f}" if key in own else "" for key in rivals]
         lines.append([title, f"{1e3 * own['seconds']:.0f}", baseline, *ratios])

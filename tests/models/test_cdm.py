@@ -85,7 +85,7 @@ def flow_log_prob(model, x_1):
 
     def slope(v, t):
         x = (scale[t] * v).requires_grad_()
-        eps = model.evaluate(x, t, None, graph="all").eps
+        eps = model.evaluate(x, t, None, graph=True).eps
         rate = (alpha[t] * eps - sigma[t] * (x - sigma[t] * eps) / alpha[t]) / scale[t]
         rows = [torch.autograd.grad(rate[:, i].sum(), x, retain_graph=True)[0][:, i] for i in range(2)]
         return rate.detach(), -scale[t] * sum(rows)
@@ -324,7 +324,7 @@ def test_denoising_keeps_no_graph_and_works_without_gradients():
 def test_both_ways_to_the_gradient_agree(joint):
     model = exact_model(LogSNRSchedule(T), fitted=True, joint=joint)
     x, y = normal(5, 2), torch.tensor([0, 1, 1, 0, 1])
-    kept, plain = model.evaluate(x, 7, y, graph="all"), model.evaluate(x, 7, y)
+    kept, plain = model.evaluate(x, 7, y, graph=True), model.evaluate(x, 7, y)
     for name in ("eps", "log_prob_levels", "unconditional"):
         assert torch.allclose(getattr(kept, name), getattr(plain, name), atol=1e-10)
         assert not getattr(plain, name).requires_grad

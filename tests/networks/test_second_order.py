@@ -97,7 +97,7 @@ def test_weights_take_no_gradient_in_evaluation_and_are_as_they_were_afterwards(
     first = next(model.parameters())
     first.requires_grad_(False)
     with evaluation_mode(model), evaluation_mode(model):
-        result = model.evaluate(torch.randn(2, 1, 8, 8, dtype=torch.float64), 3, None, graph="all")
+        result = model.evaluate(torch.randn(2, 1, 8, 8, dtype=torch.float64), 3, None, graph=True)
         assert not any(weight.requires_grad for weight in model.parameters())
         assert not result.log_prob_levels.requires_grad
     assert [weight for weight in model.parameters() if not weight.requires_grad] == [first]

@@ -161,7 +161,7 @@ class FlowSolver:
             if density is None:
                 eps = self.denoiser.differentiable_eps(x, t, y)
             else:
-                found = density.evaluate(x, t, y, graph="all")
+                found = density.evaluate(x, t, y, graph=True)
                 eps, log_p = found.eps, found.log_prob_levels[:, t].detach()
             excess = eps - self.reference.eps(x, t)
             shape, seed = (self.scoring.probes, *x.shape[1:]), self.scoring.seed

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -70,14 +70,14 @@ class DensityModel(Denoiser):
 
     def evaluate(
         self, x_t: Tensor, t: Level, y: Tensor | None = None, guidance: float = 0.0,
-        graph: Literal["none", "densities", "all"] = "none", check: bool = True, prior: Tensor | None = None,
+        graph: bool = False, check: bool = True, prior: Tensor | None = None,
     ) -> Evaluation:  # fmt: skip
         """The denoiser at level ``t`` and the density at every level, from one pass each way.
 
         Arguments as in :meth:`denoise`; with a weight w of ``guidance`` (identity 8) all is that of
-        (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. The ``densities`` keep a
-        ``graph`` in the weights, ``all`` in ``x_t`` too. Losses do not ``check``: ``y`` may hold the null label. Given
-        a ``prior``, log p(t) (B or 1, T+2), the denoiser is at the most probable level of x_t, not at ``t``.
+        (1 + w) log p_t(x|y) - w log p_t(x), from two passes where one does not give both. With a ``graph`` all can be
+        differentiated in the weights and ``x_t``. Losses do not ``check``: ``y`` may hold the null label. Given a
+        ``prior``, log p(t) (B or 1, T+2), the denoiser is at the most probable level of x_t, not at ``t``.
         UserError under ``torch.inference_mode()``, which forbids the gradient.
         """
         # The compiler cannot trace the question; the gradient fails under inference mode all the same.
@@ -90,7 +90,7 @@ class DensityModel(Denoiser):
             log_p = guided(given.log_prob_levels, plain.log_prob_levels, guidance)
             return Evaluation(guided(given.eps, plain.eps, guidance), log_p, plain.log_prob_levels, given.levels)
         # A graph of the base alone would give wrong derivatives without a word.
-        x_t = x_t if graph == "all" else x_t.detach()
+        x_t = x_t if graph else x_t.detach()
         rows, base = torch.arange(len(x_t), device=x_t.device), self.base.log_prob_levels(x_t)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(rows))
 
@@ -102,18 +102,21 @@ class DensityModel(Denoiser):
             return (guided(value, plain, guidance) if guidance else value).sum(), (*parts, at)
 
         with torch.enable_grad():
-            if graph == "all":
+            if graph:
                 # torch.func rather than autograd.grad: torch.compile can differentiate through it.
                 gradient, (*parts, levels) = torch.func.grad(of, has_aux=True)(x_t)
             else:
                 x = x_t.detach().requires_grad_()
                 value, (*parts, levels) = of(x)
-                (gradient,) = torch.autograd.grad(value, x, retain_graph=graph == "densities")
-        parts = [part.detach() for part in parts] if graph == "none" else parts
-        t = t if prior is None else levels
-        eps = self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
+                (gradient,) = torch.autograd.grad(value, x)
+                parts = [part.detach() for part in parts]
+        eps = self.eps_of(x_t, t if prior is None else levels, gradient)
         log_p, unconditional = (base + part.double() for part in parts)
         return Evaluation(eps, guided(log_p, unconditional, guidance) if guidance else log_p, unconditional, levels)
+
+    def eps_of(self, x_t: Tensor, t: Level, gradient: Tensor) -> Tensor:
+        """E[eps | x_t], (B, *shape), from the ``gradient`` of log p_t(x_t) less the base's (identity 3)."""
+        return self.base.eps(x_t, t) - self.schedule.at(t, x_t)[1] * gradient
 
     def at_level(self, x_t: Tensor, t: Tensor, y: Tensor | None, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
         """What annealing asks of a density, float64; arguments as in :meth:`evaluate`, ``t`` long (B,).
@@ -133,7 +136,7 @@ class DensityModel(Denoiser):
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self.evaluate(x_t, t, y, graph="all").eps
+        return self.evaluate(x_t, t, y, graph=True).eps
 
     def log_prob(self, x: Any, t: Level = 0, y: Tensor | None = None, units: str = "data") -> Tensor:
         """log p_t(x), one forward pass, differentiable: nats in the units asked for, float64 (B,).
