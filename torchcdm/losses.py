@@ -178,20 +178,23 @@ class CDMLoss(Loss):
             parts = model.corrections(x, y)
             value = way @ parts[0].gather(1, t[:, None])[:, 0].to(way)
             inputs = [x] if counts else [x, *weights]
-            gradient, *known = torch.autograd.grad(value, inputs, retain_graph=counts, allow_unused=True)
+            gradient, *here = torch.autograd.grad(value, inputs, retain_graph=counts, allow_unused=True)
             eps_hat = model.eps_of(x_t, t, gradient * _as_rows(way, x_t))
             found = Evaluation(eps_hat, *(base + part.double() for part in parts), t)
             logits, terms = self._terms_of_logits(found, x_t, t, y, eps)
             if counts and weights:
-                known = torch.autograd.grad(value + logits.sum() / factor, weights, allow_unused=True)
-        del parts, value, found  # and with them the graph of the first pass
-        moved = x_t + _as_rows(share * way * sigma, x_t) * (eps_hat - eps).to(x_t.dtype)
-        with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
-            torch.set_rng_state(random_state)
-            there = model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
-        slope = factor * (_Known.apply(way, known, *weights) - way * there)
-        loss = (self.mse_weight * terms["mse"] + logits).detach()
-        return {"loss": loss + slope - slope.detach(), **{key: term.detach() for key, term in terms.items()}}
+                here = torch.autograd.grad(value + logits.sum() / factor, weights, allow_unused=True)
+            del parts, value, found  # and with them the graph of the first pass
+            moved = x_t + _as_rows(share * way * sigma, x_t) * (eps_hat - eps).to(x_t.dtype)
+            with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
+                torch.set_rng_state(random_state)
+                value = way @ model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
+            there = torch.autograd.grad(value, weights, allow_unused=True) if weights else []
+        # What both have alike, such as that of a bias, is gone to the last bit: Adam would make steps of what is left.
+        known = [one if other is None else one - other for one, other in zip(here, there, strict=True)]
+        terms = {key: term.detach() for key, term in terms.items()}
+        zeros = _Known.apply(way, factor, known, *weights)
+        return {"loss": self.mse_weight * terms["mse"] + logits.detach() + zeros.to(x_t.dtype), **terms}
 
     def _terms_of_logits(
         self, found: Evaluation, x_t: Tensor, t: Tensor, y: Tensor | None, eps: Tensor
@@ -246,18 +249,18 @@ def _as_rows(values: Tensor, x: Tensor) -> Tensor:
 
 
 class _Known(Function):
-    """Zeros, like (B,), whose sum has ``known`` gradients in the ``weights``."""
+    """Zeros, like (B,), whose sum has a ``factor`` times ``known`` gradients in the ``weights``."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, known: Sequence[Tensor | None], *weights: Tensor) -> Tensor:
-        ctx.known = known
+    def forward(ctx: Any, like: Tensor, factor: float, known: Sequence[Tensor | None], *weights: Tensor) -> Tensor:
+        ctx.factor, ctx.known = factor, known
         return torch.zeros_like(like)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         if gradient.max() > gradient.min():
             raise UserError("loss: on a CPU its gradient is that of the batch: weigh all samples alike")
-        return None, None, *(None if one is None else gradient[0] * one for one in ctx.known)
+        return None, None, None, *(None if one is None else gradient[0] * ctx.factor * one for one in ctx.known)
 
 
 def differences_suffice(x: Tensor) -> bool:
