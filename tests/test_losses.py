@@ -315,6 +315,53 @@ def test_a_difference_has_the_gradient_of_two_derivatives(logits, kind, dropout,
     assert after[0] == after[1]  # the second pass has the first one's dropout, and takes no more random numbers
 
 
+class Alive:
+    """Stands for a tensor that a graph has saved; ``most`` counts those that were alive at a time."""
+
+    now = most = 0
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+        Alive.now += 1
+        Alive.most = max(Alive.most, Alive.now)
+
+    def __del__(self):
+        Alive.now -= 1
+
+
+@pytest.mark.parametrize("logits", [False, True], ids=["squared error alone", "with logits"])
+def test_differences_keep_one_pass_in_memory(logits):
+    loss, x, y = some_loss("images")
+    loss.logits_count = logits
+    loss.logits_share.fill_(logits)
+    t, kept = torch.arange(20) % (T + 2), []
+    for run in (lambda: loss.model.corrections(x.clone().requires_grad_(), y), lambda: loss(x, y, t, x.flip(0))):
+        Alive.now = Alive.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Alive, lambda alive: alive.tensor):
+            terms = run()
+        kept.append(Alive.most)
+    assert 0 < kept[1] < 1.3 * kept[0]  # two passes at a time have twice as many
+    assert Alive.now < 5  # nothing waits for the pass back
+    terms["loss"].mean().backward()
+
+
+def test_the_gradient_of_a_difference_is_that_of_the_whole_batch():
+    loss, x, y = some_loss("images")
+    terms = loss(x, y, torch.arange(20) % (T + 2), x.flip(0))
+    with pytest.raises(UserError, match="weigh all samples alike"):
+        terms["loss"][:10].sum().backward()
+
+
+def test_squared_error_alone_leaves_biases_of_levels_where_they_are():
+    # Adam would make whole steps of what rounding leaves of a gradient.
+    loss, x, y = some_loss("images")
+    loss.logits_count = False
+    loss.logits_share.fill_(0)
+    loss(x, y, torch.arange(20) % (T + 2), x.flip(0))["loss"].mean().backward()
+    (bias,) = (p.grad for name, p in loss.model.named_parameters() if name.endswith("head.linear.bias"))
+    assert not bias.any()
+
+
 def test_differences_are_for_full_precision():
     x = torch.zeros(2, 3)
     assert losses.differences_suffice(x)
