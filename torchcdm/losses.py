@@ -168,7 +168,7 @@ class CDMLoss(Loss):
         model, counts = self.model, self.logits_count and bool(self.ce_weight or self.time_weight)
         weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Every other sample goes the other way: what is left of the curvature is of second order. Level 0 stays.
-        sigma = model.schedule.sigma[t].to(x_t.dtype)
+        sigma = model.schedule.at(t, x_t)[1]
         way, random_state = (sigma > 0).to(x_t.dtype), torch.get_rng_state()
         way[1::2] *= -1
         share = DISPLACEMENT * torch.finfo(x_t.dtype).eps ** 0.5
@@ -176,24 +176,24 @@ class CDMLoss(Loss):
         with torch.enable_grad():
             x, base = x_t.detach().requires_grad_(), model.base.log_prob_levels(x_t)
             parts = model.corrections(x, y)
-            value = way @ parts[0].gather(1, t[:, None])[:, 0].to(way)
+            value = way.flatten() @ parts[0].gather(1, t[:, None])[:, 0].to(way)
             inputs = [x] if counts else [x, *weights]
             gradient, *here = torch.autograd.grad(value, inputs, retain_graph=counts, allow_unused=True)
-            eps_hat = model.eps_of(x_t, t, gradient * _as_rows(way, x_t))
+            eps_hat = model.eps_of(x_t, t, gradient * way)
             found = Evaluation(eps_hat, *(base + part.double() for part in parts), t)
             logits, terms = self._terms_of_logits(found, x_t, t, y, eps)
             if counts and weights:
                 here = torch.autograd.grad(value + logits.sum() / factor, weights, allow_unused=True)
             del parts, value, found  # and with them the graph of the first pass
-            moved = x_t + _as_rows(share * way * sigma, x_t) * (eps_hat - eps).to(x_t.dtype)
+            moved = x_t + share * way * sigma * (eps_hat - eps).to(x_t.dtype)
             with torch.random.fork_rng(devices=[]):  # the second pass has the dropout of the first
                 torch.set_rng_state(random_state)
-                value = way @ model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
+                value = way.flatten() @ model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
             there = torch.autograd.grad(value, weights, allow_unused=True) if weights else []
         # What both have alike, such as that of a bias, is gone to the last bit: Adam would make steps of what is left.
         known = [one if other is None else one - other for one, other in zip(here, there, strict=True)]
         terms = {key: term.detach() for key, term in terms.items()}
-        zeros = _Known.apply(way, factor, known, *weights)
+        zeros = _Known.apply(way.flatten(), factor, known, *weights)
         return {"loss": self.mse_weight * terms["mse"] + logits.detach() + zeros.to(x_t.dtype), **terms}
 
     def _terms_of_logits(
@@ -241,11 +241,6 @@ class CDMLoss(Loss):
         used = (inner == t) & (step < LARGEST_TIME_STEP)
         error = ((above - below - base_change) - target) / step
         return (error.square() / (2 * d)).where(used, torch.zeros_like(error))
-
-
-def _as_rows(values: Tensor, x: Tensor) -> Tensor:
-    """Values (B,) in a shape that goes with ``x``, (B, *shape)."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 class _Known(Function):
