@@ -2,6 +2,7 @@
 
 import io
 import json
+import platform
 import re
 from contextlib import redirect_stdout
 
@@ -22,7 +23,7 @@ from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, report, single_pass
 from torchcdm.runtime import processes
-from torchcdm.runtime.processes import Processes, _shared_by, map_rows, rows_at_a_time, sharing
+from torchcdm.runtime.processes import Processes, _shared_by, map_rows, memory_kept, rows_at_a_time, sharing
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -208,3 +209,20 @@ def test_batches_go_by_the_size_of_a_sample(dim, on_cpu, on_gpu):
 def test_no_rows_are_refused():
     with pytest.raises(UserError, match="empty"):
         map_rows(lambda rows: torch.zeros(rows.stop - rows.start), 0, dim=1, device=torch.device("cpu"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
+def test_freed_memory_is_used_again_without_the_system():
+    resource = pytest.importorskip("resource")
+
+    def pages_that_the_system_gave():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.empty(2**25).fill_(1.0)  # 128 MiB, of 4 KiB a page
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert pages_that_the_system_gave() > 5 * 60  # huge pages are of 2 MiB
+    with memory_kept():
+        torch.empty(2**25).fill_(1.0)
+        assert pages_that_the_system_gave() < 60
+    assert pages_that_the_system_gave() > 5 * 60

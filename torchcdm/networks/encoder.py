@@ -31,7 +31,8 @@ class Summary(nn.Module):
     def forward(self, h: Tensor, image: Tensor) -> Tensor:
         """Features (B, channels, H, W) and the image averaged to their size, to (B, features)."""
         h = self.activation(self.norm(h))
-        pooled = at_least_float32(self.activation(self.pooled(h))).mean((2, 3))
+        # Over the number of pixels only now: going back, a mean divides each of them.
+        pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h[0, 0].numel()
         maps = self.energy(h).unflatten(1, (self.energy_maps, -1))
         energies = at_least_float32(maps * image[:, None]).sum((2, 3, 4))
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)

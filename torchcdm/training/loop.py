@@ -24,7 +24,7 @@ from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
 from torchcdm.runtime.files import without_nan, write_file, write_json
-from torchcdm.runtime.processes import Processes, is_first
+from torchcdm.runtime.processes import Processes, is_first, memory_kept
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
@@ -191,7 +191,8 @@ class Trainer:
         form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
         bar = tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look)
-        with bar, signals() as received:  # what follows the steps can be stopped at once: they are saved
+        # Signals wait during the steps alone: what follows can be stopped at once, as the steps are saved.
+        with bar, memory_kept(), signals() as received:
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
                 terms, finite = self._update(loss, batch)
                 self.step += 1
