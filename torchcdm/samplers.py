@@ -165,6 +165,30 @@ class Heun(Sampler):
 
 
 @final
+class IPNDM(Sampler):
+    """Improved pseudo numerical methods (Zhang and Chen, 2023, arXiv 2204.13902; Liu et al., 2022, arXiv 2202.09778).
+
+    A DDIM step with the noise that Adams-Bashforth extrapolates for equal steps, whatever the steps are: of its order
+    where the steps in r are equal, of first order elsewhere, and robust. The first steps are of lower order.
+
+    Args:
+        order: 2, 3 or 4.
+    """
+
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    @checked
+    def __init__(self, order: Annotated[Order, Ge(2)] = 4) -> None:
+        self.memory = order - 1
+
+    def rule(self, step: Step, now: Prediction) -> Tensor:
+        noises = [now.eps, *(before.eps for _, before in step.previous)]
+        eps = sum(w * e for w, e in zip(self.WEIGHTS[len(noises) - 1], noises, strict=True))
+        r, alpha_s = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)[0]
+        return alpha_s * (step.x_t / now.alpha_t + (r[step.s] - r[step.t]) * eps)
+
+
+@final
 class DEIS(Sampler):
     r"""Exponential integrator with a polynomial noise (tAB-DEIS; Zhang and Chen, 2023, arXiv 2204.13902).
 
@@ -281,7 +305,7 @@ def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Ti
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "sa2": SASolver, "ddpm": partial(DDIM, 1.0), "ddim": DDIM, "dpm2": partial(DEIS, 2, torch.log),
     "dpm++": DPMSolverPP2M, "heun": Heun, "deis3": partial(DEIS, 3), "deis4": partial(DEIS, 4),
-    "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
+    "ipndm3": partial(IPNDM, 3), "ipndm4": partial(IPNDM, 4), "unipc2": partial(UniPC, 2), "unipc3": partial(UniPC, 3),
 }  # fmt: skip
 """What :func:`torchcdm.sample` knows by name. Each takes one evaluation a step but ``heun``, which takes two."""
 
