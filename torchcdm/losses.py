@@ -191,7 +191,10 @@ class CDMLoss(Loss):
                 value = way.flatten() @ model.corrections(moved, y)[0].gather(1, t[:, None])[:, 0].to(way)
             there = torch.autograd.grad(value, weights, allow_unused=True) if weights else []
         # What both have alike, such as that of a bias, is gone to the last bit: Adam would make steps of what is left.
-        known = [one if other is None else one - other for one, other in zip(here, there, strict=True)]
+        here, there, known = list(here), list(there), []
+        while here:  # the difference takes the place of the two
+            one, other = here.pop(0), there.pop(0)
+            known.append(one if other is None else one - other)
         terms = {key: term.detach() for key, term in terms.items()}
         zeros = _Known.apply(way.flatten(), factor, known, *weights)
         return {"loss": self.mse_weight * terms["mse"] + logits.detach() + zeros.to(x_t.dtype), **terms}

@@ -304,6 +304,16 @@ def test_guidance_without_labels_is_a_mistake():
 # --- gradients and precision ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_guided_denoising_keeps_no_graph(joint):
+    # With one a step takes twice as long, and a sampler the memory of all its steps.
+    model = exact_model(UniformSigmaSchedule(T), joint=joint)
+    model.backbone.register_parameter("bias", nn.Parameter(torch.zeros(()).double()))
+    model.backbone.register_forward_hook(lambda network, _, logits: logits + network.bias)
+    eps = GuidedDenoiser(model, 1.0).denoise(normal(2, 2), 3, torch.tensor([0, 1])).eps
+    assert not eps.requires_grad and eps.grad_fn is None
+
+
 def test_denoising_keeps_no_graph_and_works_without_gradients():
     model = ClassificationDiffusion(Network(T + 2), UniformSigmaSchedule(T))
     nn.init.normal_(model.backbone.head.weight)

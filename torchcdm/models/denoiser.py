@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import torch
 from annotated_types import Ge, Le
@@ -190,13 +190,13 @@ class GuidedDenoiser(Denoiser):
         return self.model.classes
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        eps = self._eps(x_t, t, y, "none")
+        eps = self._eps(x_t, t, y)
         return Prediction(x_t, *self.schedule.at(t, x_t), eps)
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
-        return self._eps(x_t, t, y, "all")
+        return self._eps(x_t, t, y, graph=True)
 
-    def _eps(self, x_t: Tensor, t: Level, y: Tensor | None, graph: Literal["none", "all"]) -> Tensor:
+    def _eps(self, x_t: Tensor, t: Level, y: Tensor | None, graph: bool = False) -> Tensor:
         if y is None:
             raise UserError("guidance needs labels: give y")
         if self.model.density is not None:
