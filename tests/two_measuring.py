@@ -31,7 +31,7 @@ def measured(run: Path) -> dict:
     return {
         "samples": [sample(model, 9, name, 3, batch_size=size) for name, size in (("ddpm", None), ("dpm2", 2))],
         "report": report(model, x, None, Scoring(draws=2, steps=2), ("single", "flow")).to_json(),
-        "elbo": elbo(model, x, kernels=kernels).nats,
+        "elbo": elbo(model, x, kernels=kernels, evaluations=4).nats,
         "log Z": [z.value, z.check.value],
         "profile": level_profile(model, x),
         "levels": evaluate(model, split, 40)["per_level"],

@@ -235,6 +235,7 @@ def of_likelihoods() -> dict[str, Tensor]:
         bound = elbo(model, x, y, scoring)
         values[f"{which}/elbo"] = bound.nats
         values[f"{which}/elbo-terms"] = torch.stack([bound.prior, bound.diffusion, bound.reconstruction])
+        values[f"{which}/elbo-strata"] = elbo(model, x, y, scoring, evaluations=5).nats
         values[f"{which}/flow"] = probability_flow(model, x, y, scoring).nats
         solver = FlowSolver(model, Scoring(level=2, steps=6, seed=1))
         values[f"{which}/flow-x"] = solver.log_prob(model.transform(x), y).log_prob

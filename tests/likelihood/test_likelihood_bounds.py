@@ -190,6 +190,8 @@ def test_refusals():
     for level in (-1, 21):
         with pytest.raises(UserError, match=f"level {level} cannot be scored|level is {level}"):
             single_pass(model, x, None, Scoring(level))
+    with pytest.raises(UserError, match="takes 2 to 20"):
+        elbo(model, x, None, Scoring(1), evaluations=21)
     model.transform = None
     with pytest.raises(UserError, match="DataTransform"):
         single_pass(model, x)

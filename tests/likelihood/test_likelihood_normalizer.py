@@ -315,6 +315,17 @@ def test_elbo_bounds_a_mixture_whatever_the_kernels():
     assert excess["measured"] < excess["gaussian"] + 0.02 < excess["narrow"]
 
 
+def test_strata_estimate_the_whole_sum():
+    schedule = CosineSchedule(30)
+    model = tilted_model(schedule)
+    x = labelled_mixture().sample(1000, rng(1))
+    whole = elbo(model, x).diffusion
+    part = elbo(model, x, None, Scoring(seed=1), evaluations=8)
+    difference = part.diffusion - whole
+    assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(1000)
+    assert part.nfe == 8
+
+
 # --- what is said about it -------------------------------------------------------------------------------------
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget, in_batches, reference_gaussian
+from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data
+from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood
 from torchcdm.units.log_likelihood import log_normal
@@ -31,7 +32,7 @@ class ELBO(LogLikelihood):
 
 def elbo(
     denoiser: Denoiser, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(),
-    kernels: Kernels | None = None,
+    kernels: Kernels | None = None, evaluations: int | None = None,
 ) -> ELBO:  # fmt: skip
     r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 
@@ -39,7 +40,8 @@ def elbo(
         - \log P(k|x_l) + \log q(x_l|k) - \log q(x_l|x_0)]
 
     x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
-    others: the terms don't need a path. UserError for data or a level that do not fit the model.
+    others: the terms don't need a path. UserError for data or a level that do not fit the model, or more evaluations
+    than levels.
 
     Args:
         denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
@@ -47,25 +49,35 @@ def elbo(
         y: Classes, long (N,), or None.
         scoring: Level l from which the data are decoded, 1 ... T - 1; seed and batch size.
         kernels: The chain's; with the reference Gaussian's variances when None.
+        evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
+            many strata of the levels, a random level of each. One for each level when None.
     """
     (x, y), transform, level = as_data(denoiser, x, y, scoring), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))
-    target = ModelTarget(denoiser, density=False)
+    count = schedule.T - level + 1
+    evaluations = count if evaluations is None else evaluations
+    if not 2 <= evaluations <= count:
+        raise UserError(f"elbo: evaluations is {evaluations}; from level {level} this schedule takes 2 to {count}")
+    edges = torch.linspace(level + 1, schedule.T + 1, evaluations).round().long().tolist()
+    strata, target = list(zip(edges[:-1], edges[1:], strict=True)), ModelTarget(denoiser, density=False)
 
     def terms(rows: slice) -> tuple[Tensor, ...]:
         batch = Batch(denoiser, x, y, rows, scoring.seed)
         (x_0, change), target.y = batch.clean(), batch.y
 
-        def noisy(t: int) -> tuple[Tensor, Tensor]:
+        def noisy(t: int | Tensor, number: int) -> tuple[Tensor, Tensor]:
             """x_t (B, *shape) by noise of its own, and the denoiser's E[x_0 | x_t]."""
-            x_t = schedule.perturb(x_0, t, batch.noise("chain", t - level))
+            x_t = schedule.perturb(x_0, t, batch.noise("chain", number))
             return x_t, kernels.x0(x_t, target.eps(x_t, t), t)
 
         prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
         diffusion = torch.zeros_like(change)
-        for t in range(level + 1, schedule.T + 1):
-            diffusion = diffusion + kernels.kl(x_0 - noisy(t)[1], t)
-        x_t, mean = noisy(level)
+        for k, ends in enumerate(strata):
+            t = draw_rows(
+                batch.seed, ("strata", k), rows, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
+            ).to(x_0.device)
+            diffusion = diffusion + (ends[1] - ends[0]) * kernels.kl(x_0 - noisy(t, 1 + k)[1], t)
+        x_t, mean = noisy(level, 0)
         if transform.bin is None:
             reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)
         else:
@@ -76,5 +88,5 @@ def elbo(
         return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 
     prior, diffusion, reconstruction, change = in_batches(denoiser, x, terms, scoring.batch_size)
-    total, parts = prior + diffusion + reconstruction, (prior, diffusion, reconstruction)
-    return ELBO(change - total, transform.dim, level, transform.log_bin, schedule.T - level + 1, *parts)
+    total = prior + diffusion + reconstruction
+    return ELBO(change - total, transform.dim, level, transform.log_bin, evaluations, prior, diffusion, reconstruction)
