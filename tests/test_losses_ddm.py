@@ -36,5 +36,3 @@ def test_baseline_loss_is_the_bayes_error_at_the_exact_denoiser():
         mse = terms["mse"][terms["t"] == t]
         assert abs(mse.mean() - truth[t - 1]) < 4 * mse.std() / math.sqrt(len(mse))
     assert torch.equal(terms["loss"], terms["mse"])
-
-
