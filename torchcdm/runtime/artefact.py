@@ -50,7 +50,7 @@ def write_artefact(
         # Copies: tied weights, and views of a buffer, share their memory.
         own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in part.items()}
         packed[path.with_name(name)] = pack(own)
-    files = {file.name: hashlib.sha256(data).hexdigest() for file, data in packed.items()}
+    files = {file.name: _digest(data) for file, data in packed.items()}
     head = {"format": FORMAT, "kind": kind, "torchcdm": __version__}
     # As JSON has them: the checksum is of what a reader sees.
     sealed = json.loads(json.dumps(without_nan({**head, **content, "files": files}), allow_nan=False))
@@ -130,7 +130,7 @@ def damaged(path: Path, what: str) -> NoReturn:
 def seal(content: Mapping[str, Any]) -> str:
     """Checksum of a JSON object without its field ``sha256``, whatever its layout."""
     plain = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return _digest(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
 
 
 def settle(path: Path) -> None:
@@ -163,7 +163,7 @@ def _sound(path: Path, digest: Any) -> tuple[Path, bytes] | None:
     for candidate in (path, beside(path)):
         with suppress(UserError):
             data = read_bytes(candidate)
-            if hashlib.sha256(data).hexdigest() == digest:
+            if _digest(data) == digest:
                 return candidate, data
     return None
 
@@ -180,3 +180,7 @@ def _finite(text: str) -> float:
     if math.isfinite(value := float(text)):
         return value
     raise ValueError(f"{text} is no finite number")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
