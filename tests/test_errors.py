@@ -7,7 +7,7 @@ from torch import nn
 import torchcdm
 import torchcdm.training.fit as fitting
 from torchcdm.data import from_object
-from torchcdm.errors import UserError, needed, reason
+from torchcdm.errors import UserError, needed, reason, warn
 from torchcdm.networks.heads import CumulativeHead
 from torchcdm.training.fit import check_network
 
@@ -16,6 +16,12 @@ def test_the_reason_of_an_exception_is_one_line():
     assert reason(ValueError("\n first\nsecond")) == "first"
     assert reason(OSError(28, "No space left on device")) == "No space left on device"
     assert reason(AssertionError()) == "AssertionError"
+
+
+def test_a_warning_points_at_the_line_of_the_user():
+    with pytest.warns(UserWarning, match="of two rows") as seen:
+        torch.no_grad()(warn)("of two rows")
+    assert [found.filename for found in seen] == [__file__]
 
 
 def test_a_network_that_fails_without_a_word_is_refused():

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
+
+CALLERS = ("torchcdm", "sklearn", "joblib", "torch", "pydantic", "contextlib")
+"""Packages whose lines are not the user's."""
 
 
 class UserError(ValueError):
@@ -38,6 +43,14 @@ def reason(error: BaseException) -> str:
     """The first line of what an exception says, or its type where that is nothing."""
     text = getattr(error, "strerror", None) or str(error).strip()
     return (text.splitlines() or [type(error).__name__])[0]
+
+
+def warn(message: str) -> None:
+    """A warning that points at the user's line, whatever calls us for it: scikit-learn's tools, torch's decorators."""
+    at, level = sys._getframe(), 1
+    while at.f_back and at.f_globals.get("__name__", "").partition(".")[0] in CALLERS:
+        at, level = at.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def needed(library: str, extra: str, what: str) -> Any:

@@ -100,6 +100,19 @@ def test_what_is_no_class_of_schedulers_is_refused(kind) -> None:
         CDMPipeline.of(images(LogSNRSchedule(40)), kind)
 
 
+def test_a_pipeline_made_by_hand_has_the_levels_of_its_model() -> None:
+    model = images(LogSNRSchedule(40))
+    network = DiffusersNetwork(model)
+    assert CDMPipeline(network, diffusers_scheduler(model.schedule, diffusers.DDPMScheduler)).unet is network
+    for other in (diffusers.DDIMScheduler(40), diffusers_scheduler(LogSNRSchedule(50)), None):
+        with pytest.raises(UserError, match=f"the {type(other).__name__} has other levels than the model"):
+            CDMPipeline(network, other)
+    vectors = ClassificationDiffusion(ZeroBackbone(42), model.schedule, DataTransform.standardize(normal(20, 3)))
+    for wrong in (model, DiffusersNetwork(vectors)):
+        with pytest.raises(UserError, match=r"give DiffusersNetwork\(model\) of a model of images"):
+            CDMPipeline(wrong, diffusers_scheduler(model.schedule))
+
+
 def test_arguments_of_a_call_are_checked() -> None:
     pipeline = CDMPipeline.of(images(LogSNRSchedule(40)))
     for wrong in ({"batch_size": 0}, {"batch_size": 1.5}, {"num_inference_steps": 0}, {"output_type": "latent"}):

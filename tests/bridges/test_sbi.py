@@ -116,6 +116,13 @@ def test_columns_that_are_constant_and_data_frames_keep_their_places():
             SbiRatio(ratio, wrong)
 
 
+def test_a_ratio_of_images_is_refused():
+    images = torch.rand(2, 40, 1, 4, 4, generator=torch.Generator().manual_seed(6))
+    ratio = DensityRatio(random_state=0, steps=2, device="cpu").fit(*images)
+    with pytest.raises(UserError, match="the ratio is one of images"):
+        SbiRatio(ratio, 1)
+
+
 def test_what_is_not_fitted_says_so():
     with pytest.raises(ValueError, match="is not fitted yet"):
         SbiDensity(CDMConditional())

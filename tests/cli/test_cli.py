@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torchcdm
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
 from torchcdm.data import load_data, save_images
+from torchcdm.errors import warn
 
 
 def test_a_process_exits_with_two(tmp_path):
@@ -46,6 +48,14 @@ def test_an_output_that_is_full_and_one_that_knows_ascii_alone():
 def test_a_rank_that_is_not_the_first_says_nothing(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["info", "nowhere"]) == 2 and capsys.readouterr().err == ""
+
+
+def test_a_warning_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", lambda *found: sys.stderr.write(warnings.formatwarning(*found[:4])))
+    monkeypatch.setattr("torchcdm.cli.about.presets", lambda _: warn("two\n  lines"))
+    assert main(["presets"]) == 0 and capsys.readouterr().err == "cdm: warning: two lines\n"
+    warn("afterwards")
+    assert capsys.readouterr().err.startswith(f"{__file__}:")
 
 
 def test_version(capsys):

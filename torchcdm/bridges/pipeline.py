@@ -53,19 +53,33 @@ def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **o
     taken = inspect.signature(kind).parameters
     if "trained_betas" not in taken:
         raise UserError(f"{kind.__name__} takes no trained_betas, so that it cannot have the model's levels")
-    alpha, sigma = schedule.alpha[:-1].cpu(), schedule.sigma[:-1].cpu()
-    kept = alpha**2 / (alpha**2 + sigma**2)
+    kept = _kept(schedule)
     own = {"trained_betas": (1 - kept[1:] / kept[:-1]).tolist(), "num_train_timesteps": schedule.T}
     own |= {"clip_sample": False, "timestep_spacing": "trailing", "use_karras_sigmas": False}
     return kind(**{name: value for name, value in own.items() if name in taken} | options)
 
 
+def _kept(schedule: NoiseSchedule) -> Tensor:
+    """Share of the data in the variance at each level 0 ... T, (T + 1,): diffusers' ``alphas_cumprod`` after a 1."""
+    alpha, sigma = schedule.alpha[:-1].cpu(), schedule.sigma[:-1].cpu()
+    return alpha**2 / (alpha**2 + sigma**2)
+
+
 @final
 class CDMPipeline(DiffusionPipeline):
-    """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives."""
+    """Samples of a model of images, its :class:`DiffusersNetwork`, by what :func:`diffusers_scheduler` gives.
+
+    UserError for another network or model, or a scheduler with other levels.
+    """
 
     def __init__(self, unet: DiffusersNetwork, scheduler: Any) -> None:
         super().__init__()
+        if not isinstance(unet, DiffusersNetwork) or len(unet.model.shape or ()) != 3:
+            raise UserError(f"unet is a {type(unet).__name__}; give DiffusersNetwork(model) of a model of images")
+        levels, wanted = getattr(scheduler, "alphas_cumprod", torch.empty(0)), _kept(unet.model.schedule)[1:].float()
+        if levels.shape != wanted.shape or not torch.allclose(levels, wanted, rtol=1e-3):
+            mend = "make it by diffusers_scheduler(model.schedule)"
+            raise UserError(f"the {type(scheduler).__name__} has other levels than the model; {mend}")
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod

@@ -16,6 +16,7 @@ from sbi.neural_nets.ratio_estimators import RatioEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from torchcdm.errors import UserError
 from torchcdm.random import permutation
 from torchcdm.runtime.validation import Count, read_as
 
@@ -64,12 +65,14 @@ class SbiRatio(RatioEstimator):
     """log p(theta, x) / (p(theta) p(x)) of a fitted ratio, up to a constant: what ``RatioBasedPotential`` takes.
 
     The ``ratio`` was fitted on what :func:`pairs_and_strangers` gives. So many of its first columns as ``parameters``
-    says are theta; UserError for no such number. It has no gradient in theta: sbi's slice samplers and importance
-    sampling work, HMC and NUTS do not.
+    says are theta; UserError for no such number, or a ratio of images. It has no gradient in theta: sbi's slice
+    samplers and importance sampling work, HMC and NUTS do not.
     """
 
     def __init__(self, ratio: DensityRatio, parameters: int) -> None:
         ratio._check_fitted()
+        if ratio._warp is None:
+            raise UserError("the ratio is one of images; fit it on what pairs_and_strangers gives")
         self.columns: TableEncoding = ratio._warp.table
         parameters = read_as(Annotated[Count, Lt(len(self.columns.columns))], parameters, "parameters")
         super().__init__(ratio._model, (parameters,), (len(self.columns.columns) - parameters,))

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -47,6 +48,8 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
     """Runs a command of ``groups``, modules with ``add_commands``; a user's mistake is a line and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know ASCII alone
+    pythons = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{parser.prog}: warning: {' '.join(str(message).split())}\n"
     try:
         subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
         for group in groups:
@@ -61,6 +64,8 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
     except KeyboardInterrupt as error:
         print("; ".join([f"{parser.prog}: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = pythons
 
 
 def _run(parser: Parser, words: Sequence[str]) -> int:

@@ -9,7 +9,6 @@ exchange between the levels, started from such particles.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +23,7 @@ from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective,
 from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.likelihood.log_z import LogZ
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import LevelReader
@@ -324,7 +323,7 @@ def _by_particles(
             what = f"the weights have collapsed: {ess:.1f} of {particles} particles count"
             mend = "use more particles, moves (corrector) or sweeps"
             or_else = "or the composition asks for what the model hardly has"
-            warnings.warn(f"{what}; {mend}; {or_else}", stacklevel=5)  # the caller of sample
+            warn(f"{what}; {mend}; {or_else}")
         x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
     offset = torch.rand(1, generator=generator, dtype=torch.float64)

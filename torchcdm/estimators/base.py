@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ from torchcdm.data import DataSource, MemorySplit
 from torchcdm.data.arrays import as_array
 from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
@@ -331,14 +329,6 @@ class DensityEstimator(TableEstimator):
             return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
         return torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0).numpy()
-
-
-def warn(message: str) -> None:
-    """A warning that points at the user's line, also where scikit-learn's tools call an estimator."""
-    at, level = sys._getframe(), 1
-    while at.f_back and at.f_globals.get("__name__", "").partition(".")[0] in ("torchcdm", "sklearn", "joblib"):
-        at, level = at.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int, part: int = 0) -> Tensor:

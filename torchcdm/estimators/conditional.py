@@ -23,8 +23,8 @@ from torchcdm.compose import sample
 from torchcdm.compose.combinations import AllGiven
 from torchcdm.compose.tilted import one_each
 from torchcdm.data.arrays import as_array
-from torchcdm.errors import UserError, reason
-from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies, warn
+from torchcdm.errors import UserError, reason, warn
+from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.estimators.density import log_importance_weights
 from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
 from torchcdm.runtime.validation import Count, Float, read_as, shown

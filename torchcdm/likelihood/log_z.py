@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -19,7 +18,7 @@ from torchcdm.annealing.ratios import half_width
 from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder
 from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.likelihood.restricted import BINS, Restricted, Step, measured_steps, prior_of
 from torchcdm.likelihood.scoring import Batch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
@@ -213,7 +212,7 @@ def write_log_z(folder: Path, z: LogZ, weights: str | None) -> None:
     ``weights`` by :func:`weights_of`.
     """
     if weights != weights_of(folder):
-        warnings.warn(f"{folder}: log Z is not kept: other weights were written there meanwhile", stacklevel=2)
+        warn(f"{folder}: log Z is not kept: other weights were written there meanwhile")
         return
     found, tensors, plain = z.restricted, {}, replace(z, x=None, restricted=None, check=None)
     check = z.check and asdict(replace(z.check, x=None))

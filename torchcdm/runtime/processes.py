@@ -17,7 +17,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor
 
-from torchcdm.errors import UserError, reason
+from torchcdm.errors import UserError, reason, warn
 
 CPU_VALUES, CPU_ROWS, GPU_VALUES, GPU_ROWS = 2**15, (16, 4096), 2**18, 64
 """Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long;
@@ -245,7 +245,7 @@ def _in_batches(
             torch.cuda.empty_cache()
     if at_most < asked:
         _HELD[dim, device] = at_most
-        warnings.warn(f"out of memory: went on with {at_most} samples at a time", stacklevel=2)
+        warn(f"out of memory: went on with {at_most} samples at a time")
     return _each(torch.cat, parts)
 
 

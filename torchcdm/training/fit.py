@@ -10,7 +10,6 @@ import copy
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from torchcdm.compose.sampling import STEPS
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.diffusion.start import FIELDS
-from torchcdm.errors import UserError, nearest, reason
+from torchcdm.errors import UserError, nearest, reason, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.validation import read_as
@@ -185,7 +184,7 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         new = {parent for node in new for parent, _ in node.next_functions} - seen - {None}
     if kinked := {node.name().removesuffix("Backward0") for node in seen} & KINKED:
         what = f"the network has a {min(kinked)}, whose kinks make the denoiser jump"
-        warnings.warn(f"{what}: use nn.SiLU, or another smooth activation", UserWarning, stacklevel=3)
+        warn(f"{what}: use nn.SiLU, or another smooth activation")
 
 
 def trained(

@@ -6,7 +6,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.diffusion.start import FIELDS
-from torchcdm.errors import UserError, reason
+from torchcdm.errors import UserError, reason, warn
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
@@ -224,7 +223,7 @@ class Trainer:
                     compiled(batch.x_0, batch.y, batch.t, batch.eps)["loss"].mean().backward()
                 loss = compiled
             except Exception as error:  # the compiler's failures have no common type
-                warnings.warn(f"torch.compile failed ({reason(error)}); training goes on without it", stacklevel=2)
+                warn(f"torch.compile failed ({reason(error)}); training goes on without it")
             self.optimizer.zero_grad(set_to_none=True)
         return self.processes.accelerator.prepare_model(loss, device_placement=False)
 

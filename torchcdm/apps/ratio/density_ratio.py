@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -32,7 +31,7 @@ from torchcdm.apps.ratio.information import FEW, Estimate, TwoSampleTest, diverg
 from torchcdm.data import DataOptions, DataSource, MemorySplit
 from torchcdm.data.pairs import Pair, pair_up, read_query
 from torchcdm.diffusion.gaussian import GaussianMarginals, fit_class_gaussians
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import evenly_spaced, permutation
@@ -291,7 +290,7 @@ class DensityRatio:
             sides = (read_query(side, self._model.info.transform, self._warp, self._options) for side in (x, balance))
             weights = balanced(weights, *(side.x.flatten(1).double().numpy() for side in sides))
         if (size := effective_sample_size(weights)) < min(FEW, len(weights) / 10):
-            warnings.warn(f"{size:.0f} of {len(weights)} samples carry the weights p/q; clip them", stacklevel=2)
+            warn(f"{size:.0f} of {len(weights)} samples carry the weights p/q; clip them")
         return weights
 
     def outside_support(self, x: Any) -> np.ndarray:
