@@ -7,7 +7,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.networks.encoder import Encoder
+from torchcdm.networks.encoder import Encoder, Summary
 from torchcdm.networks.heads import make_head
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.networks.unet import CDMUNet, DDMUNet
@@ -186,3 +186,12 @@ def test_mistakes_are_named(call, message):
     with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolution():
+    summary, h, image = Summary(4, 3, 5).double(), batch(2, (4, 6, 7)), batch(2, (3, 6, 7), seed=2)
+    active = torch.nn.functional.silu(summary.norm(h))
+    maps = summary.energy(active).unflatten(1, (5, 3))
+    pooled = torch.nn.functional.conv2d(active, summary.pooled.weight, summary.pooled.bias)
+    expected = torch.cat([torch.nn.functional.silu(pooled).mean((2, 3)), (maps * image[:, None]).sum((2, 3, 4))], 1)
+    torch.testing.assert_close(summary(h, image), expected)

@@ -135,6 +135,19 @@ class _SiLUGradient(Function):
 
 
 @final
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution, as a matrix product: half of the time on a CPU, where a convolution lays images out anew."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H, W)."""
+        matrix = self.weight.flatten(1).expand(len(x), -1, -1)
+        return torch.baddbmm(self.bias[:, None], matrix, x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+@final
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, SiLU and a 3x3 convolution, beside an identity or 1x1 shortcut.
 
@@ -154,7 +167,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = group_norm(outputs, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        self.shortcut = None if inputs == outputs else Pointwise(inputs, outputs)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """(B, inputs, H, W) and the vector (B, embedding) to (B, outputs, H, W)."""
@@ -172,7 +185,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int | None = None) -> None:
         super().__init__()
         self.norm = group_norm(channels, groups)
-        self.query, self.key, self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.query, self.key, self.value, self.out = (Pointwise(channels, channels) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""

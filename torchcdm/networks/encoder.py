@@ -24,7 +24,7 @@ class Summary(nn.Module):
         super().__init__()
         self.energy_maps = energy_maps
         self.norm, self.activation = parts.group_norm(channels), parts.SiLU()
-        self.pooled = nn.Conv2d(channels, 2 * channels, 1)
+        self.pooled = parts.Pointwise(channels, 2 * channels)
         self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1)
         self.features = 2 * channels + energy_maps
 
@@ -33,8 +33,12 @@ class Summary(nn.Module):
         h = self.activation(self.norm(h))
         # Over the number of pixels only now: going back, a mean divides each of them.
         pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h[0, 0].numel()
-        maps = self.energy(h).unflatten(1, (self.energy_maps, -1))
-        energies = at_least_float32(maps * image[:, None]).sum((2, 3, 4))
+        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels).
+        with torch.autocast(h.device.type, enabled=False):
+            h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)
+            weight, bias = (part.view(self.energy_maps, -1) for part in (self.energy.weight, self.energy.bias))
+            energies = nn.functional.linear((h @ image.mT).mT.flatten(1), weight)
+            energies = energies + nn.functional.linear(image.sum(2), bias)
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)
 
 
