@@ -41,6 +41,7 @@ from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, GuidedDenoiser, evaluation_mode
 from torchcdm.networks.blocks import SiLU
+from torchcdm.runtime.processes import memory_kept
 from torchcdm.training.build import build_loss, build_model, build_schedule, plain_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.optimizers import build_optimizer
@@ -291,15 +292,16 @@ def _diffusers_unet() -> nn.Module | None:
 
 
 def measure(rows: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Median seconds of each row; the rows take turns, after one turn to warm up."""
+    """Median seconds of each row; the rows take turns, after one turn to warm up. Memory is kept as in a training."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
-    for number in range(rounds + 1):
-        for row in rows:
-            began = time.perf_counter()
-            row.run()
-            if number:
-                times[row.name].append(time.perf_counter() - began)
-        say(f"round {number} of {rounds}" if number else "warmed up")
+    with memory_kept():
+        for number in range(rounds + 1):
+            for row in rows:
+                began = time.perf_counter()
+                row.run()
+                if number:
+                    times[row.name].append(time.perf_counter() - began)
+            say(f"round {number} of {rounds}" if number else "warmed up")
     return {name: statistics.median(values) for name, values in times.items()}
 
 
