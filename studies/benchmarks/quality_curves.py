@@ -72,7 +72,8 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     config = on_plain_grey_levels(options.preset, options.gaussianize)
     data = replace(config.data, size=size, spec=options.data or config.data.spec, clusters=options.clusters)
     batch = options.batch or config.train.batch_size
-    config = replace(config, train=replace(config.train, batch_size=batch))
+    model = replace(config.model, backbone=replace(config.model.backbone, hidden=options.hidden))
+    config = replace(config, model=model, train=replace(config.train, batch_size=batch))
     source = load_source(data)
     folders = {}
     for seed in options.seeds:
@@ -159,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classes", action="store_true", help="models of the data with their classes")
     parser.add_argument("--clusters", type=int, help="models of the data with so many groups that are found")
     parser.add_argument("--batch", type=int, help="samples a step of training; the preset's when left out")
+    parser.add_argument("--hidden", type=int, help="hidden units of the CDM's head; none when left out")
     parser.add_argument("--images", type=int, default=1000, help="test images of the denoising error")
     parser.add_argument("--samplers", nargs="+", default=["ddpm", "ddim", "dpm2", "unipc3"])
     parser.add_argument("--spacings", nargs="+", default=["even", "adaptive"])

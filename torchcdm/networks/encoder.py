@@ -52,6 +52,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         width: Channels at the first resolution, before its multiplier.
         energy_maps: Inner products with the image at each resolution.
         positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
+        hidden: Hidden units of the head, which is linear in what the resolutions tell when None.
 
     Example:
         >>> Encoder(1, 8, levels=102, multipliers=(1, 2))(torch.zeros(5, 1, 8, 8)).shape
@@ -63,6 +64,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         self, in_channels: Width, image_size: ImageSize, levels: int, width: Width = 32,
         multipliers: Widths = (1, 2, 2), blocks: Width = 2, dropout: Rate = 0.0, attention: Sides = (),
         energy_maps: Width = 32, classes: Count | None = None, joint: bool = False, positions: bool = False,
+        hidden: Width | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = parts.halved_sizes(image_size, len(multipliers))
@@ -82,7 +84,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
             attend = max(size) in attention
             self.stages.append(nn.ModuleList(parts.Step(c, channels, attend, **options) for c in inputs))
             self.summaries.append(Summary(channels, in_channels, energy_maps))
-        self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint)
+        self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, hidden)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         embedding = None if self.label is None else self.label(y, x)

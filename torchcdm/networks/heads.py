@@ -139,8 +139,24 @@ class JointHead(Head):
         return self.common.levels_of(features)[:, None] + effects @ self.weights.to(effects.dtype)
 
 
-def make_head(features: int, levels: int, classes: int | None, joint: bool) -> Head:
-    """The head of our own networks: from the noise end, zero at the start; arguments as in :class:`HeadedBackbone`."""
+@final
+class DeepHead(Head):
+    """A ``head`` that sees ``features`` and so many ``hidden`` units of them."""
+
+    def __init__(self, head: Head, features: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.head = _Linear(features, hidden), head
+
+    def levels_of(self, features: Tensor) -> Tensor:
+        scaled = nn.functional.layer_norm(features, features.shape[1:])
+        return self.head.levels_of(torch.cat([features, nn.functional.silu(self.hidden(scaled))], 1))
+
+
+def make_head(features: int, levels: int, classes: int | None, joint: bool, hidden: int | None = None) -> Head:
+    """The head of our own networks: from the noise end, zero at the start; other arguments as in
+    :class:`HeadedBackbone` and :class:`DeepHead`, whose layer is there unless None."""
+    if hidden is not None:
+        return DeepHead(make_head(features + hidden, levels, classes, joint), features, hidden)
     if not joint:
         return CumulativeHead(features, levels)
     if classes is None:
