@@ -28,6 +28,11 @@ NETWORKS = {
         (2, 4, 8),
         "positions",
     ),
+    "encoder-hidden": (
+        lambda **kw: Encoder(2, (4, 8), LEVELS, width=8, multipliers=(1, 2), blocks=1, hidden=5, **kw),
+        (2, 4, 8),
+        "head.hidden.weight",
+    ),
     "mlp": (lambda **kw: MLP(3, LEVELS, width=16, depth=2, energy_maps=2, **kw), (3,), "blocks.0.linear1.weight"),
     "unet": (
         lambda **kw: CDMUNet(2, (4, 8), LEVELS, **SMALL, **kw),
