@@ -36,7 +36,7 @@ from torchcdm.units import TableEncoding
 PATH, PART, ARRAYS = "path", "part", ("image", "data", "x")
 """Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
 
-Batch = dict[str, np.ndarray]
+Columns = dict[str, np.ndarray]
 
 
 class Scorer:
@@ -83,7 +83,7 @@ class Scorer:
         self.detector, self.explain = detector, explain
         detector.threshold(fpr)
 
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> Batch:
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> Columns:
         """Scores of a batch; UserError for one that does not fit the model, or a file that cannot be read.
 
         Gives ``score`` (infinite of a new text), ``percentile`` among normal data, ``flag``, ``deviating`` (holds what
@@ -103,7 +103,7 @@ class Scorer:
         del scored["input"]
         return {name: np.asarray(values)[kept] for name, values in batch.items()} | scored
 
-    def judge(self, found: Inputs) -> Batch:
+    def judge(self, found: Inputs) -> Columns:
         """What is said of inputs, as of :meth:`__call__`, beside ``input``, their names."""
         scores = self.detector.score(found.x) if found.names else torch.empty(0).double()
         deviating = torch.tensor([bool(columns) for columns in found.deviating], dtype=torch.bool)
@@ -146,7 +146,7 @@ class Scorer:
 
 def score_on_ray(
     scorer: Scorer, paths: Sequence[str | Path], workers: int | None = None, progress: bool = False
-) -> Iterator[Batch]:
+) -> Iterator[Columns]:
     """Scores of files by workers of Ray, in the order of one process, as they come: as of :meth:`Scorer.__call__`.
 
     Workers join the cluster that ``RAY_ADDRESS`` names, which must see the files under the same paths; without it Ray

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.likelihood import FlowSolver, Scoring, single_pass
-from torchcdm.likelihood.scoring import Batch
+from torchcdm.likelihood.scoring import ScoredBatch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
@@ -34,7 +34,7 @@ def contenders(model: ClassificationDiffusion, x: Tensor) -> dict[str, Callable[
     """What is timed, each over all images of ``x`` (N, *shape), data units."""
     scoring = Scoring(batch_size=len(x))
     level, solver = scoring.level_of(model), FlowSolver(model, scoring)
-    batch = Batch(model, x, None, slice(0, len(x)), 0)
+    batch = ScoredBatch(model, x, None, slice(0, len(x)), 0)
 
     def noisy() -> Tensor:
         return model.schedule.perturb(batch.clean()[0], level, batch.noise("noise"))

@@ -11,7 +11,7 @@ import torchcdm
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, log_normalizer, probability_flow, report, single_pass
 from torchcdm.likelihood.one_pass import score_noisy
-from torchcdm.likelihood.scoring import Batch
+from torchcdm.likelihood.scoring import ScoredBatch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -79,7 +79,7 @@ def test_the_flow_does_not_fall_below_the_code_length():
     images = MarkovImages((1, 1, 3), levels=8, deviation=1.5)
     model = images.model(LogSNRSchedule(24, 0.07, 40))
     x, true = images.draw(30)
-    z, _, offset = score_noisy(model, Batch(model, x, None, slice(0, len(x)), 0), 2)
+    z, _, offset = score_noisy(model, ScoredBatch(model, x, None, slice(0, len(x)), 0), 2)
     flow = FlowSolver(model, Scoring(level=2)).log_prob(z).log_prob + offset
     mean, error = excess(-flow / (images.dim * math.log(2)), true)
     assert -3 * error - 0.01 < mean < 0.2

@@ -13,7 +13,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, single_pass
 from torchcdm.likelihood.cells import REACH, noisy_cells
 from torchcdm.likelihood.one_pass import score_noisy
-from torchcdm.likelihood.scoring import Batch
+from torchcdm.likelihood.scoring import ScoredBatch
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -132,7 +132,7 @@ def test_elbo_and_flow_bound_too():
     bound = elbo(model, x, None, Scoring(level=1))
     mean, error = above(bound.values(), true)
     assert -3 * error < mean < 0.4 + 2 * error
-    z, _, offset = score_noisy(model, Batch(model, x, None, slice(0, 100), 0), 1)
+    z, _, offset = score_noisy(model, ScoredBatch(model, x, None, slice(0, 100), 0), 1)
     flow = FlowSolver(model, Scoring(1)).log_prob(z).log_prob + offset
     mean, error = above(-flow / (2 * math.log(2)), true)
     assert -3 * error - 0.01 < mean < 0.1
@@ -171,7 +171,7 @@ def test_draws_of_neighbouring_seeds_are_independent():
     model, cells, log_probs = lattice_model(UniformSigmaSchedule(20))
     x, _ = draw(cells, log_probs, 500)
     signal = model.schedule.alpha[6] * model.transform(x)
-    batches = (Batch(model, x, None, slice(0, 500), seed) for seed in (0, 1))
+    batches = (ScoredBatch(model, x, None, slice(0, 500), seed) for seed in (0, 1))
     one, two = (model.schedule.perturb(b.clean()[0], 6, b.noise("noise")) - signal for b in batches)
     correlation = torch.corrcoef(torch.stack([one.flatten(), two.flatten()]))[0, 1]
     assert abs(float(correlation)) < 4 / math.sqrt(1000)

@@ -11,7 +11,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget, in_batches, reference_gaussian
 from torchcdm.errors import UserError
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood
 from torchcdm.units.log_likelihood import log_normal
@@ -62,7 +62,7 @@ def elbo(
     strata, target = list(zip(edges[:-1], edges[1:], strict=True)), ModelTarget(denoiser, density=False)
 
     def terms(rows: slice) -> tuple[Tensor, ...]:
-        batch = Batch(denoiser, x, y, rows, scoring.seed)
+        batch = ScoredBatch(denoiser, x, y, rows, scoring.seed)
         (x_0, change), target.y = batch.clean(), batch.y
 
         def noisy(t: int | Tensor, number: int) -> tuple[Tensor, Tensor]:

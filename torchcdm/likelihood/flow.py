@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchcdm.annealing.target import in_batches, reference_gaussian
 from torchcdm.likelihood.one_pass import score_noisy
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data, draw_rows
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood
@@ -84,7 +84,7 @@ def probability_flow(
     level = solver.levels[0]
 
     def noisy(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        return score_noisy(denoiser, Batch(denoiser, x, y, rows, scoring.seed), level)
+        return score_noisy(denoiser, ScoredBatch(denoiser, x, y, rows, scoring.seed), level)
 
     z, _, offset = in_batches(denoiser, x, noisy, scoring.batch_size)
     flow = solver.log_prob(z, labels_of(y, slice(None), z.device))

@@ -19,8 +19,8 @@ from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder
 from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
 from torchcdm.errors import UserError, warn
-from torchcdm.likelihood.restricted import BINS, Restricted, Step, measured_steps, prior_of
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data
+from torchcdm.likelihood.restricted import BINS, MeasuredStep, Restricted, measured_steps, prior_of
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
@@ -239,7 +239,8 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
     tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
     if "steps" in content:
         names = ("edges", "variances", "table")
-        steps = [Step(t, *(tensors.get(f"{k}.{name}") for name in names)) for k, t in enumerate(content["steps"])]
+        parts = ([tensors.get(f"{k}.{name}") for name in names] for k in range(len(content["steps"])))
+        steps = [MeasuredStep(t, *part) for t, part in zip(content["steps"], parts, strict=True)]
         fence = Fence(content["fence"], tensors["middle"], tensors["whiten"])
         restricted = Restricted(steps, fence, tensors["log_z"], tensors["mean"], tensors["variances"])
     check = content["check"] and LogZ(**content["check"])
@@ -298,7 +299,7 @@ def log_normalizer(
         z, made = LogZ.of_replicas(run.go_on(made, progress=progress), list(starts), points.shares), 2 * made
     if not restricted:
         return z
-    steps = [Step(points.levels[0])]
+    steps = [MeasuredStep(points.levels[0])]
     if model.transform is not None and model.transform.bin is not None and len(usual) >= BINS:
         steps = measured_steps(model, usual[:MEASURING], points.levels[0], scoring)
     cover = mean_and_spread(torch.cat([parts[0] for parts in noisy]), "cosine")
@@ -372,7 +373,7 @@ class _Points:
 
     def clean(self, x: Tensor) -> Tensor:
         """Data as a noisy level sees them, model units."""
-        return Batch(self.model, x, None, slice(0, len(x)), self.scoring.seed).clean()[0]
+        return ScoredBatch(self.model, x, None, slice(0, len(x)), self.scoring.seed).clean()[0]
 
     def fenced(self, usual: Sequence[Tensor], count: int) -> Fenced:
         """The target where it is as at ``usual`` points of each class, (rungs, n, *shape), in ``count`` columns."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
@@ -38,7 +38,7 @@ def single_pass(
     level, transform = scoring.level_of(model, 0, model.schedule.T), model.transform
 
     def one(rows: slice, seed: int) -> Tensor:
-        batch = Batch(model, x, y, rows, seed)
+        batch = ScoredBatch(model, x, y, rows, seed)
         if level == 0:
             x_0 = batch.dithered() if dither else batch.x.to(working_dtype(model, torch.float64))
             return model.log_prob(x_0, y=batch.y).cpu()
@@ -52,7 +52,7 @@ def single_pass(
 
 
 @torch.no_grad()
-def score_noisy(model: Denoiser, batch: Batch, level: int) -> tuple[Tensor, Tensor, Tensor]:
+def score_noisy(model: Denoiser, batch: ScoredBatch, level: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples at a level above 0, scored by one network evaluation.
 
     Gives x_t, model units, float64 (B, *shape); the classifier's log p there at every level, (B, T+2), nan for a

@@ -27,7 +27,7 @@ from torchcdm.diffusion.gaussian import CosineRotation
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.likelihood.cells import grey_levels, noisy_cells
-from torchcdm.likelihood.scoring import Batch, Scoring, as_data, scoring_level
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, scoring_level
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
@@ -47,7 +47,7 @@ levels of a table."""
 
 
 @dataclass(frozen=True)
-class Step:
+class MeasuredStep:
     """What data have shown of the numbers x_0 given those denoised at a level.
 
     Attributes:
@@ -63,7 +63,7 @@ class Step:
     table: Tensor | None = None
 
     @classmethod
-    def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> Step:
+    def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> MeasuredStep:
         """From data (N, *shape), those in model units, and what was denoised at the level."""
         flat, (low, high) = denoised.flatten(), (transform.low, transform.high)
         counted = transform.bin is not None and low is not None and high is not None
@@ -78,7 +78,7 @@ class Step:
             table = (counts / counts.sum(1, keepdim=True)).log().float()
         return cls(level, edges, totals / torch.bincount(bins, minlength=BINS).clamp_min(1), table)
 
-    def code_length(self, batch: Batch, z: Tensor, denoised: Tensor) -> Tensor:
+    def code_length(self, batch: ScoredBatch, z: Tensor, denoised: Tensor) -> Tensor:
         """log q(z|k) - log P(k|z), nats (B,), for data on a grid."""
         cells, transform = noisy_cells(batch.transform, batch.schedule, self.level), batch.transform
         if self.table is None:
@@ -105,7 +105,7 @@ class Restricted:
         mean: Mean of the Gaussian, (*shape), and its ``variances`` in the cosine basis, (d,).
     """
 
-    steps: Sequence[Step]
+    steps: Sequence[MeasuredStep]
     fence: Fence
     log_z: Tensor
     mean: Tensor
@@ -151,7 +151,7 @@ def restricted_pass(
     steps, transform, schedule = density.steps[0 if chain else -1 :], model.transform, model.schedule
 
     def one(rows: slice) -> Tensor:
-        batch, below = Batch(model, x, None, rows, scoring.seed), None
+        batch, below = ScoredBatch(model, x, None, rows, scoring.seed), None
         x_0, nats = batch.clean()
         for step in steps:
             noise = batch.noise("chain", step.level) if below else batch.noise("noise")
@@ -177,7 +177,7 @@ def log_q(schedule: NoiseSchedule, noise: Tensor, level: int) -> Tensor:
 
 
 @torch.no_grad()
-def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring = Scoring()) -> list[Step]:
+def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring = Scoring()) -> list[MeasuredStep]:
     """Steps of a chain from a level that decodes up to ``level``, at about equal ratios of the levels.
 
     From samples ``x``, on a grid, data units (N, *shape): the last fourth chooses decoders, the others make them.
@@ -185,12 +185,12 @@ def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring 
     schedule, n = model.schedule, len(x) - len(x) // 4
     ends = math.log(min(scoring_level(model, DECODING), level)), math.log(level)
     seed = derive(scoring.seed, "decoders")  # of no noise that a test sample has
-    batch, held = (Batch(model, part, None, slice(0, len(part)), seed) for part in (x, x[n:]))
+    batch, held = (ScoredBatch(model, part, None, slice(0, len(part)), seed) for part in (x, x[n:]))
     (x_0, _), steps = batch.clean(), []
     for t in sorted({round(math.exp(at)) for at in torch.linspace(*ends, PASSES).tolist()}):
         z = schedule.perturb(x_0, t, batch.noise("chain", t))
         denoised = in_batches(model, z, lambda rows, z=z, t=t: evaluated(model, z[rows], t)[0], scoring.batch_size)
-        step = Step.of(t, batch.x[:n], x_0[:n], denoised[:n], model.transform)
+        step = MeasuredStep.of(t, batch.x[:n], x_0[:n], denoised[:n], model.transform)
         ways = [replace(step, table=None), step]
         steps.append(min(ways, key=lambda way, z=z, x=denoised: float(way.code_length(held, z[n:], x[n:]).mean())))
     return steps

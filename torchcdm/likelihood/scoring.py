@@ -103,7 +103,7 @@ def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> 
     return noisy.to(x.device)
 
 
-class Batch:
+class ScoredBatch:
     """Those samples of ``x`` (N, *shape), data units, that ``rows`` says, on their way into a network.
 
     Attributes:

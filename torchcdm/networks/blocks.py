@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
 
 @final
-class Step(nn.Module):
+class AttentiveBlock(nn.Module):
     """A residual block, followed by attention where asked for; ``options`` of :class:`ResidualBlock`."""
 
     def __init__(self, inputs: int, outputs: int, attend: bool, **options: Any) -> None:

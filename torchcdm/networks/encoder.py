@@ -82,7 +82,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
                 self.downs.append(parts.downsampling(channels))
             inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
             attend = max(size) in attention
-            self.stages.append(nn.ModuleList(parts.Step(c, channels, attend, **options) for c in inputs))
+            self.stages.append(nn.ModuleList(parts.AttentiveBlock(c, channels, attend, **options) for c in inputs))
             self.summaries.append(Summary(channels, in_channels, energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, hidden)
 

@@ -27,7 +27,7 @@ class UNet(ImageNetwork):
         sizes = parts.halved_sizes(image_size, len(multipliers))
         widths = [channels * m for m in multipliers]
         attend = [max(size) in attention for size in sizes]
-        step = partial(parts.Step, dropout=dropout, embedding=embedding, groups=groups)
+        step = partial(parts.AttentiveBlock, dropout=dropout, embedding=embedding, groups=groups)
 
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down_stages, self.downs = nn.ModuleList(), nn.ModuleList()
