@@ -143,7 +143,7 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, H, W) to (B, outputs, H, W)."""
-        matrix = self.weight.flatten(1).expand(len(x), -1, -1)
+        matrix = self.weight.flatten(1).expand(x.shape[0], -1, -1)  # no len: torch.export would fix the number
         return torch.baddbmm(self.bias[:, None], matrix, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
