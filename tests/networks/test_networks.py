@@ -193,6 +193,15 @@ def test_mistakes_are_named(call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_an_encoder_in_half_precision_has_logits_in_float32(hidden):
+    network, x = randomised(Encoder(2, 8, LEVELS, width=8, multipliers=(1, 2), hidden=hidden)), batch(3, (2, 8, 8))
+    with torch.no_grad():
+        found, expected = network.bfloat16()(x.bfloat16()), network.double()(x)
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
 def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolution():
     summary, h, image = Summary(4, 3, 5).double(), batch(2, (4, 6, 7)), batch(2, (3, 6, 7), seed=2)
     active = torch.nn.functional.silu(summary.norm(h))

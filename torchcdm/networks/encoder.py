@@ -36,7 +36,8 @@ class Summary(nn.Module):
         # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels).
         with torch.autocast(h.device.type, enabled=False):
             h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)
-            weight, bias = (part.view(self.energy_maps, -1) for part in (self.energy.weight, self.energy.bias))
+            maps = (self.energy.weight, self.energy.bias)
+            weight, bias = (at_least_float32(part).view(self.energy_maps, -1) for part in maps)
             energies = nn.functional.linear((h @ image.mT).mT.flatten(1), weight)
             energies = energies + nn.functional.linear(image.sum(2), bias)
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)
