@@ -72,8 +72,10 @@ def trained(options: argparse.Namespace) -> dict[str, Path]:
     config = on_plain_grey_levels(options.preset, options.gaussianize)
     data = replace(config.data, size=size, spec=options.data or config.data.spec, clusters=options.clusters)
     batch = options.batch or config.train.batch_size
-    model = replace(config.model, backbone=replace(config.model.backbone, hidden=options.hidden))
-    config = replace(config, model=model, train=replace(config.train, batch_size=batch))
+    config = replace(config, train=replace(config.train, batch_size=batch))
+    if options.hidden is not None:
+        backbone = replace(config.model.backbone, hidden=options.hidden)
+        config = replace(config, model=replace(config.model, backbone=backbone))
     source = load_source(data)
     folders = {}
     for seed in options.seeds:
