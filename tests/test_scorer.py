@@ -100,6 +100,24 @@ def test_columns_in_any_order_and_the_ones_that_are_odd(wines):
     np.testing.assert_allclose(left["score"], np.delete(found["score"], 5), rtol=1e-4)
 
 
+def test_names_of_the_users_own_columns_mean_nothing(wines):
+    frame, scorer = wines
+    batch = {name: frame[name].to_numpy()[:20] for name in frame.columns}
+    others = {name: np.arange(20) for name in ("x", "image", "path")}
+    assert np.array_equal(scorer(batch | others)["score"], scorer(batch)["score"])
+    with pytest.raises(UserError, match="the batch has a column 'flag', which the result would replace"):
+        scorer(batch | {"flag": np.arange(20)})
+
+
+def test_rows_that_deviate_are_no_reference(tmp_path, wines):
+    frame = wines[0].astype(object)
+    frame.loc[:35, "ash"] = None
+    frame.to_csv(tmp_path / "reference.csv", index=False)
+    with pytest.warns(UserWarning, match="36 of 178 rows of the reference hold what training never had"):
+        normal, _ = normal_data(wines[1].model, [tmp_path / "reference.csv"])
+    assert len(normal) == 178 - 36
+
+
 def test_files_are_read_as_by_the_command(pictures, parquet, scorer, wines):
     for folder, one in ((pictures, scorer), (parquet, wines[1])):
         parts, _ = parts_of([folder], one.info.transform, one.info.data)

@@ -36,6 +36,9 @@ from torchcdm.units import TableEncoding
 PATH, PART, ARRAYS = "path", "part", ("image", "data", "x")
 """Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
 
+RESULTS = frozenset(("score", "percentile", "flag", "deviating", "where"))
+"""Columns that scores add to a batch."""
+
 Columns = dict[str, np.ndarray]
 
 
@@ -90,7 +93,10 @@ class Scorer:
         training never had) and ``where`` beside the columns of the batch; of files, which may hold many rows, beside
         ``input`` and ``note``: the first row says what was left out, an empty one, its ``input`` "", where all was.
         """
-        if PATH in batch and PATH not in (self.info.columns or ()):
+        table = self.info.columns is not None and set(self.info.columns) <= set(batch)
+        if taken := RESULTS & set(batch):
+            raise UserError(f"the batch has a column '{min(taken)}', which the result would replace; rename it")
+        if PATH in batch and not table:
             parts = batch.get(PART, [WHOLE] * len(batch[PATH]))
             found = self.info.read_inputs([str(p) for p in batch[PATH]], self.skip_bad, parts=[int(p) for p in parts])
             scored = self.judge(found)
@@ -98,7 +104,7 @@ class Scorer:
                 blank = {"input": "", "score": np.nan, "percentile": np.nan, "flag": False, "deviating": False}
                 scored = {name: np.array([value]) for name, value in {**blank, "where": ""}.items()}
             return scored | {"note": np.array([" ".join(found.notes), *[""] * (len(scored["input"]) - 1)], object)}
-        found, kept = self._read(batch)
+        found, kept = self._read(batch, table)
         scored = self.judge(found)
         del scored["input"]
         return {name: np.asarray(values)[kept] for name, values in batch.items()} | scored
@@ -121,12 +127,12 @@ class Scorer:
         numbers = {name: part.numpy() for name, part in (numbers | {"deviating": deviating}).items()}
         return {"input": np.array(found.names, object), **numbers, "where": where}
 
-    def _read(self, batch: Mapping[str, np.ndarray]) -> tuple[Inputs, np.ndarray]:
-        """Samples of arrays or of columns, and which rows they are."""
+    def _read(self, batch: Mapping[str, np.ndarray], table: bool) -> tuple[Inputs, np.ndarray]:
+        """Samples of arrays, or of the columns of a ``table``, and which rows they are."""
         import pandas as pd
 
         transform, options = self.info.transform, replace(self.info.data, skip_bad=self.skip_bad)
-        name = next((name for name in ARRAYS if name in batch and name not in (self.info.columns or ())), None)
+        name = None if table else next((name for name in ARRAYS if name in batch), None)
         if name is None:
             frame = pd.DataFrame({key: list(value) for key, value in batch.items()})
             table = transform.table or TableEncoding.numbers(frame.columns)

@@ -20,3 +20,9 @@ def test_the_gaussian_of_few_rows_of_many_columns_is_shrunk():
     plain = torch.cov(source.train.tensors()[0].double().T).numpy()
     without = -multivariate_normal(fitted.location_, plain, allow_singular=True).logpdf(test.numpy()).mean()
     assert gaussian.value < other + 5 < without
+
+
+def test_a_handful_of_rows_has_no_mixture():
+    x = np.random.RandomState(0).normal(size=(12, 2))
+    source = from_object(x, None, DataOptions(validation_fraction=0.4, test_fraction=0.2))
+    assert [found.name.split(",")[0] for found in baselines(source, source.test.tensors()[0])][:1] == ["Gaussian"]

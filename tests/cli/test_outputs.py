@@ -37,6 +37,8 @@ def test_inputs_are_not_replaced(capsys, tmp_path, run):
     right = array.read_bytes()
     for flag in ("--csv", "--json"):
         assert "is one of the inputs" in refused(capsys, "score", run, array, flag, array)
+    assert "is one of the inputs" in refused(capsys, "nll", run, "--data", f"array:{array}", "--json", array)
+    assert "or among them" in refused(capsys, "score", run, tmp_path, "--csv", tmp_path / "new.csv")
     assert "holds inputs" in refused(capsys, "denoise", run, array, "--level", 3, "--out", tmp_path)
     for words in (("ratio", array, array, array, "--csv", array),):
         assert "is one of the inputs" in refused(capsys, *words)

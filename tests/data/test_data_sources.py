@@ -1,9 +1,10 @@
 """Splits, named data and arrays: values, disjointness, determinism and messages."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from torchcdm.data import (
     DataSource,
@@ -405,3 +406,38 @@ def test_flip_mirrors_about_half_of_the_images_and_nothing_else():
     assert bool((mirrored ^ kept).all())
     assert abs(int(mirrored.sum()) - 1000) < 100
     assert torch.equal(flipped, flip_horizontally(x, torch.Generator().manual_seed(0)))
+
+
+def test_fields_of_a_data_frame_count_and_others_are_refused():
+    frame = pd.DataFrame({"a": np.arange(40.0) ** 1.5, "b": np.arange(40.0) % 7.1, "y": ["u", "v"] * 20})
+    for source in (from_object(frame, label="y", limit=9), from_object(frame, "y", limit=9)):
+        assert source.class_names == ("u", "v") and source.shape == (2,) and len(source.train) == 9
+    with pytest.raises(UserError, match="'a' names a column of a table; an array or a Dataset has no columns"):
+        from_object(frame[["a", "b"]].to_numpy(), drop=("a",))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x[..., ::-1], lambda x: x.astype(">f4"), lambda x: x.astype(np.longdouble)]
+)
+def test_samples_of_a_dataset_may_be_views_of_any_type(change):
+    images = np.random.RandomState(0).uniform(size=(20, 1, 4, 4)).astype(np.float32)
+    found = from_object(Pairs(change(images)))
+    whole = from_object(np.ascontiguousarray(change(images), np.float32))
+    assert torch.equal(found.train.tensors()[0].float(), whole.train.tensors()[0].float())
+
+
+class Pairs(Dataset):
+    def __init__(self, x):
+        self.x = x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index]
+
+
+def test_a_file_of_another_kind_is_there(tmp_path):
+    (tmp_path / "a photo.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a photo.png: no table, array or folder of images; give"):
+        load_data(str(tmp_path / "a photo.png"))

@@ -139,6 +139,14 @@ def test_images_go_by_shape_and_by_kind():
         pair_up(grey / 16.3, grey)
     with pytest.raises(UserError, match="the denominator holds images, the numerator rows of numbers"):
         pair_up(normal(30, 64), grey)
+    options, levels = DataOptions(), pair.source.transform
+    assert read_query(grey[:3], levels, None, options).x.shape == (3, 1, 8, 8)
+    for other in (grey / 16, grey.astype(np.uint16) * 4000):
+        with pytest.raises(UserError, match="sample 0: .*the model's grey levels are 0 ... 16"):
+            read_query(other, levels, None, options)
+    fractions = pair_up(grey / 16.3, grey / 16.3).source.transform
+    with pytest.raises(UserError, match="query: grey levels; the fitted samples are continuous"):
+        read_query(grey, fractions, None, options)
 
 
 @pytest.mark.parametrize(

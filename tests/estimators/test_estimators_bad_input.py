@@ -1,6 +1,7 @@
 """Whatever the estimators are given ends in ValueError or TypeError, and leaves what was fitted as it was."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from bad_tables import ALWAYS, GOOD, NUMBERS, OTHERS
@@ -71,6 +72,21 @@ def test_a_refused_setting_leaves_what_was_fitted(fitted):
     with pytest.raises(ValueError, match="lr"):
         density.set_params(lr="fast").fit(GOOD[:20])
     assert np.array_equal(density.score_samples(GOOD), expected) and len(density.validation_indices_) == 6
+
+
+@pytest.mark.parametrize("overrides", [{"data": {"gaussianize": True}}, {"seed": 9}, {"report": {"limit": 3}}])
+def test_overrides_without_effect_are_refused(overrides):
+    with pytest.raises(UserError, match="has no effect on an estimator"):
+        CDMDensity(overrides=overrides).fit(GOOD)
+
+
+def test_a_series_is_a_table_of_one_column(tmp_path):
+    values = pd.Series(np.random.RandomState(0).normal(size=60), name="temp")
+    density = CDMDensity(**TINY).fit(values)
+    density.save(tmp_path / "density")
+    assert density.n_features_in_ == 1
+    again = CDMDensity.load(tmp_path / "density").score_samples(values)
+    np.testing.assert_allclose(again, density.score_samples(values))
 
 
 def test_texts_are_no_numbers():

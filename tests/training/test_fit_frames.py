@@ -89,3 +89,21 @@ def test_a_model_that_was_fitted_to_a_table_knows_its_column_of_classes(run):
     settings = {"model": {"labels": "joint", "backbone": {"width": 8}}, "data": {"drop": ["price", "clock"]}}
     model = torchcdm.fit(run.parent / "t.csv", "open", steps=1, progress=False, device="cpu", **settings)
     assert model.info.read_source(model, labelled=True).class_names == model.info.class_names
+
+
+def same_splits(one, other):
+    return all(np.array_equal(one.split(name).tensors()[0], other.split(name).tensors()[0]) for name in one.splits)
+
+
+def test_what_was_trained_on_is_found_again_with_its_splits(tmp_path):
+    path = tmp_path / "t.csv"
+    awkward(100).to_csv(path, index=False)
+    options = {"seed": 5, "test_fraction": 0.2, "limit": 60, "columns": ("rain", "doors")}
+    small = {"model": {"backbone": {"width": 8}}, "steps": 1, "progress": False, "device": "cpu"}
+    source = load_data(f"table:{path}", **options)
+    for model in (torchcdm.fit(source, **small), torchcdm.fit(path, data=options, **small)):
+        assert same_splits(model.info.read_source(model), source)
+    assert torchcdm.fit(from_object(awkward(100)), **small).info.data.spec is None
+    awkward(101).to_csv(path, index=False)
+    with pytest.warns(UserWarning, match="not the data of the training any more"):
+        model.info.read_source(model)

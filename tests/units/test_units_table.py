@@ -230,3 +230,14 @@ def test_files_choose_columns_and_tell_all_problems_at_once(tmp_path, suffix):
     source = load_data(f"table:{bad}", skip_bad=True)
     assert sum(map(len, source.splits.values())) == 197
     assert "3 row(s) with cells that cannot be read" in " ".join(source.notes)
+
+
+def test_attributes_and_time_zones_of_a_frame_are_the_users():
+    hours = pd.date_range("2024-01-01 13:00", periods=40, freq="7h", tz="Europe/Berlin")
+    frame = pd.DataFrame({"when": hours, "x": np.arange(40) ** 1.5})
+    frame.attrs |= {"problems": "two sensors failed", "notes": "in May", "name": "mine"}
+    table, notes = TableEncoding.fit(frame)
+    assert not any("May" in note or note == "i" for note in notes)
+    back = table.decode(table.encode(frame).x)
+    assert back["when"].dt.tz is not None and (back["when"].dt.hour == frame["when"].dt.hour).all()
+    assert read_as(TableEncoding, json.loads(json.dumps(encode(table)))) == table

@@ -46,7 +46,9 @@ def baselines(source: DataSource, test: Tensor) -> list[Baseline]:
     points = transform(test.double()).flatten(1).numpy()
     found = []
     for candidates in (gaussians, kernels, mixtures):
-        fitted = candidates(train, smallest_variance(transform), seed)
+        fitted = list(candidates(train, smallest_variance(transform), seed))
+        if not fitted:  # too few samples for any mixture
+            continue
         name, best = max(fitted, key=lambda candidate: candidate[1].score_samples(validation).mean())
         nats = torch.from_numpy(best.score_samples(points)) + transform.log_det(test.double())
         result = LogLikelihood(nats, transform.dim, 0, transform.log_bin, 0)

@@ -33,7 +33,7 @@ LONGEST = 500
 """Characters of a message; of a longer one the middle is left out."""
 
 OUTPUTS = ("json", "csv", "plot")
-INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y")
+INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y", "data")
 """Arguments that name files which commands write, and which they read: these are not to be replaced."""
 
 

@@ -77,7 +77,9 @@ def as_array(data: Any, name: str) -> np.ndarray:
             half = data.is_floating_point() and data.element_size() <= 2  # bfloat16 is no type of numpy
             return (data.float() if half else data).numpy(force=True)
         x = np.asarray(data)
-        return x.astype(np.float64) if x.dtype.kind == "O" else x
+        if x.dtype.kind == "O" or x.dtype == np.longdouble:
+            return x.astype(np.float64)
+        return np.require(x, x.dtype.newbyteorder("="), "C")  # as torch takes them
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise UserError(f"{name}: not an array of numbers ({reason(error)})") from error
 

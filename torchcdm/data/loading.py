@@ -61,9 +61,7 @@ def load_data(data: str | DataOptions, like: DataTransform | None = None, **fiel
         ((1, 8, 8), 1300, 200, 297)
     """
     options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
-    source = assemble(read_samples(options, like), options, like)
-    if options.limit is not None:
-        source = source.mapped(lambda split: split.select(evenly_spaced(len(split), options.limit)))
+    source = replace(_limited(assemble(read_samples(options, like), options, like), options), options=options)
     if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
     return source
@@ -79,7 +77,8 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
             channels; a pandas DataFrame or Series; a torch Dataset of samples or (sample, label) pairs, samples being
             tensors, arrays or Pillow images; a pair (samples, labels); or a DataSource, which is given back.
         labels: Classes 0 ... K - 1, (N,), or texts; for a data frame also the name of a column. None for a DataSource.
-        options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``), and ``dequantize``.
+        options: How the data are split (``validation_fraction``, ``test_fraction``, ``seed``, ``limit``) and read
+            (``dequantize``; ``label``, ``columns``, ``drop`` and ``skip_bad`` of a data frame).
         **fields: Fields of :class:`torchcdm.data.DataOptions`; they replace those of ``options``.
 
     Example:
@@ -91,20 +90,23 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
             raise UserError("labels have no effect on a DataSource, which has its own; make it with them")
         return data
     options = replace(options or DataOptions(), **fields)
-    return assemble(samples_of(data, labels, options), options)
+    return _limited(assemble(samples_of(data, labels, options), options), options)
 
 
 def samples_of(data: Any, labels: Any, options: DataOptions, name: str | None = None) -> Samples:
     """All samples of an object, as :func:`from_object` takes it, that is no DataSource; ``name`` is for messages."""
     if isinstance(data, tuple) and len(data) == 2 and labels is None:
         data, labels = data
+    if not is_frame(data):
+        _check_no_columns(options, "an array or a Dataset")
     if isinstance(data, (Tensor, np.ndarray, list, memoryview)):
         tensor = isinstance(data, Tensor)
         x = arrays.as_array(data, name := name or ("tensor" if tensor else "array"))
         return arrays.samples_of(x, labels, name, options, first=x.ndim == 4 and channels_first(x.shape[1:], tensor))
     if is_frame(data):
-        column = labels if isinstance(labels, str) else None
-        labels, options = None if column else labels, replace(options, label=column)
+        if labels is not None:
+            column = labels if isinstance(labels, str) else None
+            labels, options = None if column else labels, replace(options, label=column)
         return tables.samples_of({"train": as_frame(data)}, name or "data frame", options, labels)
     known = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if not known or isinstance(data, (str, bytes, Mapping)) or hasattr(data, "tocsr"):
@@ -120,14 +122,26 @@ def read_samples(options: DataOptions, like: DataTransform | None = None) -> Sam
         raise UserError("no data: this preset has none of its own; give --data, such as folder:PATH or table:FILE.csv")
     check_spec(spec)
     kind, _, argument = spec.partition(":")
-    columns = [*([options.label] if options.label else []), *(options.columns or ()), *options.drop]
-    if columns and kind not in ("table", "hf"):
-        raise UserError(f"'{columns[0]}' names a column of a table; {spec} has no columns")
+    if kind not in ("table", "hf"):
+        _check_no_columns(options, spec)
     if options.crop is not None and kind != "folder":
         raise UserError(f"crop is for folders of images of any size (folder:PATH); {spec} is none")
     if options.crop is not None and options.size is not None:
         raise UserError("crops are cut from images as they are; give --crop or --size, not both")
     return LOADERS[kind][0](argument, options, like)
+
+
+def _check_no_columns(options: DataOptions, name: str) -> None:
+    columns = [*([options.label] if options.label else []), *(options.columns or ()), *options.drop]
+    if columns:
+        raise UserError(f"'{columns[0]}' names a column of a table; {name} has no columns")
+
+
+def _limited(source: DataSource, options: DataOptions) -> DataSource:
+    """At most ``options.limit`` samples of each split, evenly spaced."""
+    if options.limit is None:
+        return source
+    return source.mapped(lambda split: split.select(evenly_spaced(len(split), options.limit)))
 
 
 def check_spec(spec: str) -> None:
@@ -137,6 +151,8 @@ def check_spec(spec: str) -> None:
         meant = spec_of(spec)
         if meant != spec:
             raise UserError(f"unknown data '{spec}'; write {meant}")
+        if os.path.exists(spec):
+            raise UserError(f"{spec}: no table, array or folder of images; give .csv, .parquet, .npz or a folder")
         if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
             raise UserError(f"{spec}: no such file or folder")
         raise UserError(f"unknown data '{spec}'; {nearest(kind, LOADERS)}")

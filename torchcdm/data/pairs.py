@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.inputs import Inputs, read_inputs, read_table
+from torchcdm.data.inputs import Inputs, check_range, read_inputs, read_table
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, Grid, MemorySplit, single
@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Cells, Discrete, spread
-from torchcdm.units.table import as_frame, by_place, check_numbers, is_frame, unnamed, without_counter
+from torchcdm.units.table import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -102,7 +102,7 @@ def read_pair(
     given = [read_side(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
     counts = (len(sides[0]), len(sides[1]))
-    names = [getattr(side, "attrs", {}).get("name", name) for side, name in zip(sides, SOURCES, strict=True)]
+    names = [noted(side, "name", name) for side, name in zip(sides, SOURCES, strict=True)]
     for name, count in zip(names, counts, strict=True):
         if count < MIN_ROWS:
             raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
@@ -148,12 +148,16 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
     table = None if warp is None else warp.table
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
         return read_inputs(x, transform, options)
-    query, _ = read_side(x, "query", options, table)
+    query, grid = read_side(x, "query", options, table)
     if table is None:
         shape = tuple(query.shape[1:])
         if shape != transform.shape:
             raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
-        return Inputs(query.float(), [f"sample {i}" for i in range(len(query))], [""] * len(query))
+        if grid is not None and transform.bin is None:
+            raise UserError("query: grey levels; the fitted samples are continuous values: give such")
+        names = [f"sample {i}" for i in range(len(query))]
+        check_range(query, names, transform)
+        return Inputs(query.float(), names, [""] * len(query))
     if isinstance(query, Tensor):
         raise UserError(f"query: holds images; rows of {len(table.columns)} numbers are needed")
     found = read_table(query, "query", table, options)
@@ -201,7 +205,7 @@ def _coded(
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
             raise UserError(f"{names[other]}: no column '{missing[0]}', which {names[one]} has; give both the same")
-    notes += dict.fromkeys(note for frame in frames[::-1] for note in frame.attrs.get("notes", ()))
+    notes += dict.fromkeys(note for frame in frames[::-1] for note in noted(frame, "notes"))
     notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
     table, more = TableEncoding.fit(tables.joined(frames), " / ".join(names[::-1]))
     few = [column.name for column in table.kept if column.values and not column.mixed]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from torchcdm.data.options import DataOptions
 from torchcdm.errors import UserError, nearest
 from torchcdm.random import evenly_spaced
 from torchcdm.units import DataTransform, TableEncoding
@@ -193,6 +194,7 @@ class DataSource:
         transform: Data units to model units, measured on the training split.
         class_names: Names of the classes 0, 1, ...; None without labels.
         notes: What was read off the data, one sentence each.
+        options: How it was read from files, to read it again; None of Python objects.
     """
 
     name: str
@@ -202,6 +204,7 @@ class DataSource:
     transform: DataTransform
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    options: DataOptions | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -228,8 +231,8 @@ class DataSource:
         return self.splits[name]
 
     def mapped(self, change: Callable[[Split], Split]) -> DataSource:
-        """The same source with changed splits; the transform stays."""
-        return replace(self, **{name: change(split) for name, split in self.splits.items()})
+        """The same source with changed splits, which its options do not know; the transform stays."""
+        return replace(self, options=None, **{name: change(split) for name, split in self.splits.items()})
 
 
 @dataclass(frozen=True)

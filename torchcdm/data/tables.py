@@ -18,7 +18,7 @@ from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit, Samples
 from torchcdm.errors import UserError, nearest, needed
 from torchcdm.units import DataTransform, TableEncoding
-from torchcdm.units.table import without_counter
+from torchcdm.units.table import note_down, noted, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,8 +41,8 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
 def read(path: Path, options: DataOptions, group: int | None = None) -> DataFrame:
     """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
-    What is wrong with its lines stands in ``attrs["problems"]``, for one message with what is wrong with its cells;
-    ``attrs["notes"]`` says what was read off the file. The option ``skip_bad`` leaves out lines with another number of
+    What is wrong with its lines is :func:`torchcdm.units.table.noted`, for one message with what is wrong with its
+    cells, and so is what was read off the file. The option ``skip_bad`` leaves out lines with another number of
     cells. Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that
     cannot be read, or two columns of one name.
     """
@@ -54,7 +54,7 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
     problems += [f"two columns are called '{name}'" for name in twice]
     if len(twice) or "" in frame.columns:
         raise UserError(f"{path}: {'; '.join(problems)}; name it in the first line, each column by a name of its own")
-    frame.attrs.update(name=str(path), notes=notes, problems=problems)
+    note_down(frame, name=str(path), notes=notes, problems=problems)
     return frame
 
 
@@ -71,7 +71,7 @@ def samples_of(
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
         labels = np.concatenate([select(frame, [options.label], name).to_numpy() for frame in frames])[:, 0]
     frames = [chosen(frame, options, name) for frame in frames] if like is None else frames
-    notes = [note for frame in frames for note in frame.attrs.get("notes", ())]
+    notes = [note for frame in frames for note in noted(frame, "notes")]
     whole = joined(frames)
     if not len(whole) or not len(whole.columns):
         raise UserError(f"{name}: no columns of values, or no rows")
@@ -96,7 +96,7 @@ def joined(frames: Sequence[DataFrame]) -> DataFrame:
     import pandas as pd
 
     whole = pd.concat(frames)[list(frames[0].columns)]
-    whole.attrs["problems"] = [problem for frame in frames for problem in frame.attrs.get("problems", ())]
+    note_down(whole, problems=[problem for frame in frames for problem in noted(frame, "problems")])
     return whole
 
 
@@ -149,10 +149,10 @@ def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[st
         problems.append(f"line {bad[0][0]} has {len(bad[0][1])} cells, the first line has {len(header)}{more}")
     index = pd.Index([number for number, _ in fitting], name="line", dtype=int)
     frame = pd.DataFrame([row for _, row in fitting], index, header, dtype=str)
-    frame.attrs["notes"] = notes
+    note_down(frame, notes=notes)
     frame = without_counter(frame) if header[0] == "" and "" not in header[1:] else frame
     problems += [f"column {k + 1} has no name" for k, column in enumerate(frame.columns) if column == ""]
-    return frame, frame.attrs["notes"], problems
+    return frame, noted(frame, "notes"), problems
 
 
 def row_groups(path: Path) -> int:

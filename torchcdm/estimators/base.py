@@ -36,12 +36,12 @@ from torchcdm.random import permutation, stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save
-from torchcdm.training.config_files import make_config, merge, preset_fields
+from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded, as_frame, by_place, is_frame, without_counter
+from torchcdm.units.table import Encoded, as_frame, by_place, is_frame, noted, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -60,6 +60,9 @@ WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
 LARGEST_BATCH = 2**17
+
+UNUSED = ("data", "sampling", "report", "train.seed")
+"""Fields without effect on an estimator, which has parameters for some of them."""
 """Rows in a step, at most: all of them are in memory at once."""
 
 SAMPLING_STEPS = 25
@@ -136,7 +139,7 @@ class TableEstimator(BaseEstimator):
             raise UserError(f"{name}: {what}; leave it out, or give discrete='dequantize'")
         if has_density and table.constants:
             warn(f"{name}: {notes[-1]}")
-        self._say(*(f"{name}: {note}" for note in [*frame.attrs.get("notes", ()), *notes]))
+        self._say(*(f"{name}: {note}" for note in [*noted(frame, "notes"), *notes]))
         return table
 
     def _say(self, *notes: str) -> None:
@@ -213,6 +216,9 @@ class TableEstimator(BaseEstimator):
     def _check(self, conditional: bool = False) -> None:
         """Refuses wrong parameters before anything is read."""
         read_as(type(self), self.get_params(deep=False))
+        for path, _ in paths(override_fields(self.overrides or {})):
+            if path.startswith(UNUSED):
+                raise UserError(f"overrides: {path} has no effect on an estimator; leave it out")
         make_config(preset_fields(self.preset), override_fields(self._fields(SMALL, conditional)))
 
     def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.lattice import spread
-from torchcdm.units.table import Encoded, is_frame
+from torchcdm.units.table import Encoded, as_frame, is_frame
 
 DRAWS = 20_000
 
@@ -63,6 +63,7 @@ class TableDensity(TableEstimator):
             self._check()
             self._framed = is_frame(X)
             if self._framed:
+                X = as_frame(X)  # a series has no columns for scikit-learn to count
                 validate_data(self, X, skip_check_array=True)
             frame = data_frame(X, "the table", check=partial(validate_data, self))
             self.notes_ = []

@@ -122,12 +122,13 @@ def write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None = None) -> None:
     """Refuses, before the long work, a file that cannot be written after it, one of the ``inputs`` (paths, or data as
-    on the command line), and what :func:`check_replaced` refuses; its folder is made."""
+    on the command line) or in a folder of them, and what :func:`check_replaced` refuses; its folder is made."""
     with writing(path):
         target = _replaced(path)
     if target is not None:
-        if target.exists() and any(target.samefile(given) for given in _given(inputs)):
-            raise UserError(f"{path}: is one of the inputs; choose another file")
+        for held in (given.resolve() for given in _given(inputs)):
+            if target.is_relative_to(held) or (target.exists() and target.samefile(held)):
+                raise UserError(f"{path}: is one of the inputs, or among them; choose another file")
         check_replaced(target, kind)
 
 

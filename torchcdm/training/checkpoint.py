@@ -15,10 +15,10 @@ import torch
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer
 from torch import Tensor, nn
 
-from torchcdm.data import DataOptions, DataSource, Inputs, load_data, read_inputs, renumbered
+from torchcdm.data import DataOptions, DataSource, Inputs, fingerprint, load_data, read_inputs, renumbered
 from torchcdm.data.inputs import read_pictures
 from torchcdm.diffusion.moments import Moments
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefact
@@ -53,6 +53,7 @@ class ModelInfo:
         model: Kind, network and schedule, resolved.
         transform: Data units to model units; of a table with its columns.
         data: What it was trained on, to find the same splits again.
+        fingerprint: Of that data, as of :func:`torchcdm.data.fingerprint`; None where nothing was trained.
         selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
             best, or ``{"value": "last", "step"}``.
         class_names: Names of the classes of the data; None without labels.
@@ -65,6 +66,7 @@ class ModelInfo:
     data: DataOptions
     selected: dict[str, str | int | float]
     class_names: tuple[str, ...] | None = None
+    fingerprint: str | None = None
     estimator: dict[str, Any] | None = None
 
     @property
@@ -93,6 +95,9 @@ class ModelInfo:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
             raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")
         source = load_data(options, self.transform)
+        known = None if options.clusters is not None else self.fingerprint  # groups were its labels
+        if spec is None and known not in (None, fingerprint(source)):
+            warn(f"{options.spec}: not the data of the training any more; what is held out may have been trained on")
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source

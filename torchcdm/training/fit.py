@@ -38,8 +38,9 @@ M = TypeVar("M", bound=Denoiser)
 
 KINKED = {"Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Threshold"}  # as autograd calls them
 
-OF_FILES = ("spec", "size", "crop", "channels", "limit", "label")
-IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "dequantize", "clusters")
+OF_FILES = ("spec", "size", "crop", "channels", "label")
+IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "limit", "skip_bad", "columns", "drop")
+IN_SOURCES += ("dequantize", "clusters")
 """Fields of the data without effect on Python objects, and those that a :class:`DataSource` was made with."""
 
 SCALED, DEFAULT = "encoder", 1800.0
@@ -91,8 +92,6 @@ def fit(
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
-    if isinstance(labels, str):
-        config = replace(config, data=replace(config.data, label=labels))
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
@@ -228,7 +227,10 @@ def _prepared(
         source = from_object(data, labels, options)
     if progress:
         print(*source.notes, sep="\n")
-    layer = merge(layer, {"data": {"spec": source.name if from_files or isinstance(data, DataSource) else None}})
+    # As it was read: what is done with the run later has to find the same splits.
+    read = source.options or DataOptions(label=labels if isinstance(labels, str) else None)
+    given = {name: getattr(read, name) for name in (*OF_FILES, *(IN_SOURCES if source.options else ()))}
+    layer = merge(layer, {"data": given})
     return source, [preset_fields(preset or usual_preset(source)), layer]
 
 

@@ -371,7 +371,7 @@ class Trainer:
         """Writes the averaged weights, and what was selected."""
         config, source, selected = self.config, self.source, self.selection.selected(self.step)
         units, names = source.transform, source.class_names
-        info = checkpoint.ModelInfo(config.preset, config.model, units, config.data, selected, names)
+        info = checkpoint.ModelInfo(config.preset, config.model, units, config.data, selected, names, self.fingerprint)
         checkpoint.save_model(self.run, self.ema.model, info)
 
 

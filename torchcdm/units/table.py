@@ -62,6 +62,7 @@ class Column:
         decimals: Most decimals of a number; None where they are many.
         thousands: Mark between thousands in texts: the comma, the point or none.
         day_first: Whether ``3/4/2024`` is in April.
+        zone: Time zone of dates that have one.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Column:
     decimals: CountOrZero | None = None
     thousands: Thousands = ","
     day_first: bool = False
+    zone: str | None = None
 
     @property
     def codes(self) -> tuple[float, ...]:
@@ -105,7 +107,7 @@ class Column:
         return values_of(cells, self.kind, self.thousands, self.day_first)
 
     def decode(self, codes: np.ndarray) -> Any:
-        """Cells of the column's own type from codes (N,), those of values and levels rounded."""
+        """Cells of the column's own kind from codes (N,), those of values and levels rounded."""
         import pandas as pd
 
         if self.levels:
@@ -126,7 +128,8 @@ class Column:
         x[empty] = np.nan
         if self.kind == "date":
             stamps = pd.to_datetime(x.round() if self.decimals == 0 else x, unit="D", origin="unix", errors="coerce")
-            return stamps if self.decimals == 0 else stamps.round("s")
+            stamps = stamps if self.decimals == 0 else stamps.round("s")
+            return stamps if self.zone is None else stamps.tz_localize("UTC").tz_convert(self.zone)
         x = x if self.decimals is None else x.round(self.decimals)
         if self.decimals != 0 or np.abs(np.nan_to_num(x)).max(initial=0) >= 2**63:
             return x
@@ -185,7 +188,7 @@ class TableEncoding:
             columns += [column] if column else []
         result = cls(tuple(columns))
         frame = frame.copy(deep=False)
-        frame.attrs["problems"] = [*frame.attrs.get("problems", ()), *problems]
+        note_down(frame, problems=[*noted(frame, "problems"), *problems])
         x = result.encode(frame, name, skip_bad).x
         if len(x) < 2:
             return result, notes
@@ -218,9 +221,9 @@ class TableEncoding:
 
         ``skip_bad`` leaves out rows with cells that cannot be read, or that training never had. With ``deviating``
         these are marked, and no problem; constant columns may be missing. UserError tells in one line all that cannot
-        be read, the problems in ``frame.attrs`` too.
+        be read, the problems that are :func:`noted` too.
         """
-        problems, codes = [*frame.attrs.get("problems", ())], []
+        problems, codes = [*noted(frame, "problems")], []
         if not set(self.names).issubset(frame.columns):
             frame = by_place(frame, [column.name for column in self.columns], name)
         absent = [column for column in self.names if column not in frame.columns]
@@ -250,7 +253,7 @@ class TableEncoding:
         return Encoded(torch.from_numpy(x), torch.from_numpy(rows), [", ".join(odd[row]) for row in rows])
 
     def decode(self, x: Tensor) -> DataFrame:
-        """Rows of the model (N, d) as a table: all columns in the order and the types of training."""
+        """Rows of the model (N, d) as a table: all columns in the order and of the kinds of training."""
         import pandas as pd
 
         values, kept = x.detach().double().cpu().numpy(), self.names
@@ -269,6 +272,16 @@ class TableEncoding:
             raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
         notes = [f"columns left out because they are constant in training: {', '.join(found)}."] if found else []
         return TableEncoding(self.columns, {**self.constants, **found}), varying, notes
+
+
+def note_down(frame: DataFrame, **facts: Any) -> None:
+    """Keeps what was read off a table with it: its ``name``, ``notes``, and ``problems`` of its lines and cells."""
+    frame.attrs["torchcdm"] = frame.attrs.get("torchcdm", {}) | facts
+
+
+def noted(frame: Any, fact: str, default: Any = ()) -> Any:
+    """What :func:`note_down` kept; other ``attrs`` are the user's own."""
+    return getattr(frame, "attrs", {}).get("torchcdm", {}).get(fact, default)
 
 
 def is_frame(data: Any) -> bool:
@@ -297,12 +310,12 @@ def as_frame(data: Any) -> DataFrame:
 
 def without_counter(frame: DataFrame) -> DataFrame:
     """A table to learn from without a first column that has no name, or the one that pandas gives such a column, and
-    another whole number in each row: what ``to_csv`` writes as the index. A note in ``attrs`` says so."""
+    another whole number in each row: what ``to_csv`` writes as the index. It is :func:`noted`."""
     counter = frame.columns[:1].isin(("", "Unnamed: 0")).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
     if counter and _numbers_rows(values_of(cells, "number")[0]):
         note = "the first column has no name and counts the rows: left out."
         frame = frame.iloc[:, 1:]
-        frame.attrs["notes"] = [*frame.attrs.get("notes", ()), note]
+        note_down(frame, notes=[*noted(frame, "notes"), note])
     return frame
 
 
@@ -374,7 +387,8 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     """Numbers or dates; ``repeated`` ones get a cell."""
     import pandas as pd
 
-    is_date, column = column.kind == "date", replace(column, **conventions(cells, column.kind))
+    is_date, zone = column.kind == "date", getattr(cells.dtype, "tz", None)
+    column = replace(column, **conventions(cells, column.kind), zone=None if zone is None else str(zone))
     x, empty = column.read(cells)
     if not np.isfinite(x).any():
         raise UserError(_problem(column, cells, ~empty))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
 from torchcdm.data import MemorySplit
 from torchcdm.data.folders import SPLIT_NAMES
-from torchcdm.errors import UserError, nearest
+from torchcdm.errors import UserError, nearest, warn
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.random import stream
@@ -176,10 +176,16 @@ def normal_data(
     """Normal data that did not train a model of known data, data units (N, *shape), and what they are called.
 
     From the files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the
-    model's own data when None. At most ``limit`` samples, evenly spaced.
+    model's own data when None. At most ``limit`` samples, evenly spaced. Rows that hold what training never had are
+    left out with a warning: they are flagged whatever their score.
     """
     if paths is not None:
-        return MemorySplit(model.info.read_inputs(paths, skip_bad).x).tensors(limit)[0], ", ".join(map(str, paths))
+        found = model.info.read_inputs(paths, skip_bad)
+        usual = torch.tensor([not columns for columns in found.deviating])
+        if not usual.all():
+            what = f"{int((~usual).sum())} of {len(usual)} rows of the reference hold what training never had"
+            warn(f"{what}, and so are no part of it; such rows are always flagged, whatever the rate")
+        return MemorySplit(found.x[usual]).tensors(limit)[0], ", ".join(map(str, paths))
     try:
         source = model.info.read_source(model)
         split = source.split("validation")
