@@ -56,7 +56,7 @@ def test_fields_of_the_data_are_overrides_too():
 
 @pytest.mark.parametrize(
     "options",
-    [{"limit": 5}, {"size": [4, 4]}, {"channels": 1}, {"label": "kind"}, {"spec": "digits"}, {"crop": [4, 4]}],
+    [{"size": [4, 4]}, {"channels": 1}, {"label": "kind"}, {"spec": "digits"}, {"crop": [4, 4]}],
 )
 def test_fields_without_effect_on_objects_are_refused(options):
     (name,) = options
