@@ -22,14 +22,13 @@ import torch
 from tqdm import tqdm
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
-from torchcdm.apps.anomaly.detector import FalseAlarms
 from torchcdm.apps.anomaly.maps import top_columns
 from torchcdm.data import Inputs
 from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.processes import chosen_device
-from torchcdm.runtime.validation import read_as
+from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
 
@@ -69,7 +68,7 @@ class Scorer:
         explain: AnomalyMap | None = None, *, score: str = "levels", reference: Sequence[str | Path] | None = None,
         fpr: float = 0.05, skip_bad: bool = False, device: str | torch.device | None = None,
     ) -> None:  # fmt: skip
-        read_as(FalseAlarms, fpr, "fpr")
+        read_as(ProperShare, fpr, "fpr")
         place = chosen_device(device)
         loaded = load(model, place) if isinstance(model, (str, Path)) else model.to(place)
         self.model = require_density(loaded, "an anomaly score")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
-from torchcdm.apps.anomaly.detector import FalseAlarms, trained_on
+from torchcdm.apps.anomaly.detector import trained_on
 from torchcdm.apps.anomaly.maps import save_maps
 from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
 from torchcdm.apps.explorer import Explorer, page, serve
@@ -24,7 +24,7 @@ from torchcdm.data.outputs import check_no_more
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output_folder, write_rows, written
 from torchcdm.runtime.processes import chosen_device, sharing
-from torchcdm.runtime.validation import read_as
+from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
 
@@ -37,7 +37,7 @@ KEPT = ("score", "percentile", "flag", "deviating")
 
 def score(options: argparse.Namespace) -> None:
     """Scores with percentiles among normal data, and flags at a false-positive rate."""
-    fpr = read_as(FalseAlarms, 0.05 if options.fpr is None else options.fpr, "fpr")
+    fpr = read_as(ProperShare, 0.05 if options.fpr is None else options.fpr, "fpr")
     if options.plot is not None:
         check_figure(options.plot)
     ray, images = options.engine == "ray", len(read_info(options.model).transform.shape) == 3

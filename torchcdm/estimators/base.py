@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from annotated_types import Gt, Le, Lt
+from annotated_types import Le
 from scipy.stats import qmc
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_array, check_random_state
@@ -34,7 +34,7 @@ from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
 from torchcdm.random import permutation, stream
 from torchcdm.runtime.processes import labels_of
-from torchcdm.runtime.validation import Count, Float, Positive, Rate, Width, read_as
+from torchcdm.runtime.validation import Count, Positive, ProperShare, Rate, Width, read_as
 from torchcdm.training.checkpoint import ModelInfo, load, read_info, save
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.fit import override_fields, trained
@@ -123,7 +123,7 @@ class TableEstimator(BaseEstimator):
     components: Count | None = None
     patience: Count | None = None
     max_seconds: Positive | None = None
-    validation_fraction: Annotated[Float, Gt(0), Lt(1)] = 0.15
+    validation_fraction: ProperShare = 0.15
     discrete: Discrete = "dequantize"
     overrides: Mapping[str, Any] | None = None
     device: Any = None

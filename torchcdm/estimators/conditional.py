@@ -5,11 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-from annotated_types import Gt, Lt
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import GammaRegressor
 from sklearn.utils import check_consistent_length
@@ -27,12 +26,10 @@ from torchcdm.errors import UserError, reason, warn
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.estimators.density import log_importance_weights
 from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
-from torchcdm.runtime.validation import Count, Float, read_as, shown
+from torchcdm.runtime.validation import Count, ProperShare, read_as, shown
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.lattice import Cells, cell_width, spread
 from torchcdm.units.table import is_frame
-
-Share = Annotated[Float, Gt(0), Lt(1)]
 
 REPEATED = 5
 """Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
@@ -199,14 +196,14 @@ class CDMConditional(DensityEstimator):
 
         return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
 
-    def inside(self, theta: Any, x: Any, mass: Share = 0.9999, random_state: Any = None) -> np.ndarray:
+    def inside(self, theta: Any, x: Any, mass: ProperShare = 0.9999, random_state: Any = None) -> np.ndarray:
         """Whether theta (N, p) lie where p(theta | x) is highest, in the region that holds so much ``mass``, (N,).
 
         Of one x (q,). A prior cut to this region is a proposal for more simulations, which needs no correction:
         truncated sequential estimation (Deistler et al. 2022, arXiv 2210.04815). The least density inside is a
         quantile of those of 10 000 draws. UserError for several x, or a mass that is not between 0 and 1.
         """
-        read_as(Share, mass, "mass")
+        read_as(ProperShare, mass, "mass")
         if len(self._observations(x)) != 1:
             raise UserError("inside: x holds several observations; a region is that of one")
         draws = self.sample(REGION, x, random_state)

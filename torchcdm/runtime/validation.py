@@ -52,6 +52,8 @@ Share = Annotated[Float, Ge(0), Le(1)]
 Seed = Annotated[Int, Ge(0), Lt(2**63)]
 WidthPair = Annotated[tuple[Width, ...], Len(2, 2)]
 RatePair = Annotated[tuple[Rate, ...], Len(2, 2)]
+ProperShare = Annotated[Float, Gt(0), Lt(1)]
+"""Share that is neither none nor all."""
 SharePair = Annotated[tuple[Share, ...], Len(2, 2)]
 
 CHECKS = ConfigDict(allow_inf_nan=False, extra="forbid")

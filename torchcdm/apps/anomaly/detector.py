@@ -7,10 +7,9 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, final
+from typing import Any, final
 
 import torch
-from annotated_types import Gt, Lt
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
@@ -21,12 +20,9 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import Float, checked
+from torchcdm.runtime.validation import ProperShare, checked
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
-
-FalseAlarms = Annotated[Float, Gt(0), Lt(1)]
-"""A false-positive rate."""
 
 HIGHEST = torch.finfo(torch.float64).max
 """Score of inputs for which numbers overflow."""
@@ -120,7 +116,7 @@ class AnomalyDetector:
         return 100 * torch.searchsorted(normal, scores) / (len(normal) + 1)
 
     @checked
-    def threshold(self, fpr: FalseAlarms) -> float:
+    def threshold(self, fpr: ProperShare) -> float:
         """The score above which an input is flagged, for a false-positive rate of at most ``fpr``.
 
         The conformal quantile, the ceil((n+1)(1 - fpr))-th smallest calibration score; UserError if there are fewer.
