@@ -233,3 +233,12 @@ def test_other_columns_without_a_name_are_refused(tmp_path, header):
     rows = np.random.RandomState(0).normal(size=(20, 2))
     with pytest.raises(UserError, match="has no name; name it in the first line"):
         load_data(f"table:{write(tmp_path / 't.csv', header, rows)}")
+
+
+def test_a_text_file_of_numpy_is_read(tmp_path):
+    x = np.random.RandomState(0).normal(size=(60, 3))
+    np.savetxt(tmp_path / "x.txt", x)
+    source = load_data(f"table:{tmp_path / 'x.txt'}")
+    assert source.shape == (3,) and source.transform.table.names == ("c0", "c1", "c2")
+    found = torch.cat([split.tensors()[0] for split in source.splits.values()])
+    assert np.allclose(np.sort(found.numpy(), 0), np.sort(x, 0), atol=1e-6)

@@ -174,8 +174,8 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
 def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: tuple[int, ...]) -> Tensor | None:
     """An image in data units, of the channels and at least the size of ``shape``; None of a bad one to skip."""
     if path.suffix.lower() not in images.SUFFIXES:
-        suffix = path.suffix.lower()
-        raise UserError(f"{path}: files ending in '{suffix}' are not read; give images, .npz, .npy, .csv or .parquet")
+        kinds = "images, .npz or .npy" if len(shape) == 3 else ".npz, .npy, .csv or .parquet"
+        raise UserError(f"{path}: files ending in '{path.suffix.lower()}' are not read for this model; give {kinds}")
     try:
         x, high = images.decode(path)
         x = images.conform(x, high, options.size, options.channels)

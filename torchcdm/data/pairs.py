@@ -61,8 +61,8 @@ def pair_up(
     """Both data sets, split into training and validation and scaled alike; UserError where they do not go together.
 
     Args:
-        numerator: As :func:`torchcdm.data.from_object` takes them, a SPEC, or the path of a table, an array or a
-            folder of images. Of a data set with splits, the training one.
+        numerator: As :func:`torchcdm.data.from_object` takes them, but no DataSource; a SPEC, or the path of a table,
+            an array or a folder of images. Of a data set with splits, the training one.
         denominator: Another, with the same columns or the same shape.
         options: ``validation_fraction`` is the share of each that is held out, :data:`HELD_OUT` when None; ``seed`` is
             that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.

@@ -121,21 +121,26 @@ def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
 
 
 def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[str]]:
-    """Comma, semicolon or tab separated; the first line names the columns unless it is all numbers."""
+    """Comma, semicolon or tab separated, or by spaces where the first line has numbers and spaces alone, as NumPy
+    writes them; the first line names the columns unless it is all numbers."""
     import pandas as pd
+
+    def numbers(cells: Sequence[str]) -> bool:
+        return bool(pd.to_numeric(pd.Series(cells), errors="coerce").notna().all())
 
     with reading(path, "a table in UTF-8") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
         text = io.TextIOWrapper(io.BufferedReader(binary), "utf-8-sig", newline="")
         first = text.readline()
-        separator = max(",;\t", key=first.count)
+        spaced = first.strip().split(" ")
+        separator = " " if len(spaced) > 1 and numbers(spaced) else max(",;\t", key=first.count)
         text.seek(0)
         rows = csv.reader(text, delimiter=separator)
         lines = [(rows.line_num, row) for row in rows if row]
     if not lines:
         raise UserError(f"{path}: the file is empty")
     header, notes, problems = [cell.strip() for cell in lines[0][1]], [], []
-    if pd.to_numeric(pd.Series(header), errors="coerce").notna().all():
+    if numbers(header):
         header = [f"c{k}" for k in range(len(header))]
         notes.append(f"no line of column names: columns are called c0 ... c{len(header) - 1}.")
     else:
