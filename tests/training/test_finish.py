@@ -14,6 +14,7 @@ from small_runs import small_config
 import torchcdm
 from torchcdm.data import from_object
 from torchcdm.likelihood import Scoring, single_pass
+from torchcdm.training import evaluation, loop
 from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.config_files import make_config
@@ -51,6 +52,17 @@ def test_a_training_that_goes_wrong_keeps_its_start_and_says_so(tmp_path, capsys
     value, _ = single_pass(model, x, None, Scoring(level=0)).mean_and_error()
     assert value == pytest.approx(result.outcome["values"]["start"], abs=0.02)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["outcome"]["kept"] == "start"
+
+
+def test_a_start_that_was_kept_is_not_taken_for_the_best_weights_later(tmp_path, monkeypatch):
+    values, kept = iter([1.0, 1.5, 2.0]), iter(["start", "model"])
+    monkeypatch.setattr(evaluation, "validate", lambda *_: dict.fromkeys(("nll", "mse", "loss"), next(values)))
+    outcome = {"unit": "bits/dim", "values": {"start": 0.5}, "problems": []}
+    monkeypatch.setattr(loop, "compare", lambda *_: outcome | {"kept": next(kept)})
+    for steps in (8, 12):
+        config = small_config(train__steps=str(steps), sampling__n="0")
+        train(config, tmp_path / "run", resume=True, device="cpu", progress=False)
+    assert read_info(tmp_path / "run").selected["step"] == 12
 
 
 def test_without_fallback_the_trained_one_stays(tmp_path):

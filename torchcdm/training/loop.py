@@ -361,6 +361,8 @@ class Trainer:
         best = self.selection.best
         if self.main and (best is None or best.step == self.step) and _finite(self.ema.model):
             self.save_model()
+        elif self.main and best is not None and checkpoint.read_info(self.run.root).selected["step"] != best.step:
+            self.selection.best = None  # the training ended with its start in the place of these weights
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:
