@@ -50,6 +50,15 @@ def test_ddim_of_azula_is_ours() -> None:
     torch.testing.assert_close(theirs, x)
 
 
+def test_dropout_is_off_with_and_without_a_gradient() -> None:
+    layers = torch.nn.Linear(2, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 22)
+    model = ClassificationDiffusion(torch.nn.Sequential(*layers), LogSNRSchedule(20)).double().train()
+    denoiser, x, t = AzulaDenoiser(model), normal(8, 2), torch.tensor(0.5)
+    first, second = denoiser(x, t).mean, denoiser(x.requires_grad_(), t).mean
+    torch.testing.assert_close(first, second)
+    assert second.requires_grad and model.training and all(weight.requires_grad for weight in model.parameters())
+
+
 @pytest.mark.parametrize("sampler", [HeunSampler, zEABSampler])
 def test_samplers_of_higher_order_draw_from_the_mixture(sampler: type) -> None:
     noise = torch.randn(1000, 2, generator=rng(), dtype=torch.float64)

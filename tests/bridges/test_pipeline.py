@@ -61,6 +61,16 @@ def test_pipelines_draw_with_the_moments_of_the_data(kind: str, schedule) -> Non
     torch.testing.assert_close(found, variances, atol=0.01, rtol=0.2)
 
 
+def test_dropout_is_off_while_a_pipeline_draws() -> None:
+    schedule = LogSNRSchedule(20)
+    layers = torch.nn.Flatten(), torch.nn.Linear(16, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 22)
+    model = ClassificationDiffusion(torch.nn.Sequential(*layers), schedule, DataTransform.images(SHAPE)).train()
+    pipeline = CDMPipeline.of(model)
+    pipeline.set_progress_bar_config(disable=True)
+    first, second = (pipeline(2, rng(), 5, output_type="pt").images for _ in range(2))
+    assert torch.equal(first, second) and model.backbone[3].training
+
+
 def test_images_come_as_asked_and_by_their_seed() -> None:
     pipeline = CDMPipeline.of(images(LogSNRSchedule(40)), diffusers.DPMSolverMultistepScheduler)
     pipeline.set_progress_bar_config(disable=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.diffusion.start import best_shrunk, best_start
+from torchcdm.errors import UserError
 
 
 def correlated(n: int, d: int, factors: int, seed: int = 0) -> Tensor:
@@ -71,3 +72,10 @@ def test_what_is_given_is_not_chosen():
     found = best_start(x[:50], x[50:], given={"gaussian": True, "components": 2, "shrinkage": 0.3, "form": None})
     assert found.fields == {"gaussian": True, "components": 2, "shrinkage": 0.3, "form": "full"}
     assert best_start(x[:50], x[50:], given={"form": "diagonal"}).fields["form"] == "diagonal"
+
+
+@pytest.mark.parametrize(("shape", "form"), [((3,), "diagonal"), ((1, 4, 4), None), ((1, 4, 4), "full")])
+def test_what_no_density_has_is_refused(shape, form):
+    x, given = normal(40, *shape), {"components": 3, "form": form}
+    with pytest.raises(UserError, match="no base density of 20 samples .* has components 3"):
+        best_start(x[:20], x[20:], given=given)

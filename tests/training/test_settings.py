@@ -60,6 +60,9 @@ def test_presets_survive_yaml(tmp_path, name):
         ({"model": {"backbone": {"depth": 3}}}, "unknown field 'model.backbone.depth'"),
         ({"model": {"schedule": {"name": "uniform_sigma"}}}, "did you mean 'uniform-sigma'"),
         ({"model": {"backbone": {"multipliers": [1, "x"]}}}, r"model.backbone.multipliers\[1\] is 'x'"),
+        ({"model": {"components": 3, "form": "diagonal"}}, "above 1 form is full for vectors, cosine for images"),
+        ({"model": {"components": 3, "form": "full"}}, "components is 3; above 1 form is full for vectors, cosine"),
+        ({"model": {"components": 3, "form": "cosine", "backbone": "mlp"}}, "components is 3; above 1 form is full"),
     ],
 )
 def test_mistakes_are_named_by_path_with_the_nearest_name(layer, message):

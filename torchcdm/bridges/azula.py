@@ -17,7 +17,7 @@ from torch import Tensor
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 
 
 @final
@@ -61,9 +61,10 @@ class AzulaDenoiser(Azula):
             raise UserError(f"AzulaDenoiser takes no '{name}'; classes and contexts are its label")
         x = x_t.to(working_dtype(self.model, x_t.dtype))
         level = self.schedule.level(t).to(x.device).expand(len(x))
-        if torch.is_grad_enabled() and x.requires_grad:
-            eps = self.model.differentiable_eps(x, level, label)
-            x_0 = Prediction(x, *self.model.schedule.at(level, x), eps).x0
-        else:
-            x_0 = self.model.denoise(x, level, label).x0
+        with evaluation_mode(self.model):
+            if torch.is_grad_enabled() and x.requires_grad:
+                eps = self.model.differentiable_eps(x, level, label)
+                x_0 = Prediction(x, *self.model.schedule.at(level, x), eps).x0
+            else:
+                x_0 = self.model.denoise(x, level, label).x0
         return DiracPosterior(mean=x_0.to(x_t))

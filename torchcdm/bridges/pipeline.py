@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.validation import Count, checked, shown
 
 
@@ -39,7 +39,8 @@ class DiffusersNetwork(nn.Module):
         alpha, sigma = schedule.at(level, sample)
         x = ((alpha**2 + sigma**2).sqrt() * sample).to(working_dtype(self.model, sample.dtype))
         denoiser = GuidedDenoiser(self.model, guidance) if guidance else self.model
-        return UNet2DOutput(sample=denoiser.denoise(x, level, class_labels).eps.to(sample))
+        with evaluation_mode(self.model):
+            return UNet2DOutput(sample=denoiser.denoise(x, level, class_labels).eps.to(sample))
 
 
 def diffusers_scheduler(schedule: NoiseSchedule, kind: type = DDIMScheduler, **options: Any) -> Any:

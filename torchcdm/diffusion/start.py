@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.gaussian import DIAGONAL, FULL_COVARIANCE_LIMIT, SHRINKAGES, mean_and_spread, within_error
 from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
+from torchcdm.errors import UserError
 from torchcdm.units.log_likelihood import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80)
@@ -53,7 +54,8 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
         train: Samples (N, *shape), model units, dequantised.
         held_out: Others, without copies of the same sample, in any order; of more than :data:`FIT_ROWS` some count.
         floor: Smallest variance, model units squared.
-        given: Values of the fields that are not chosen; other keys, and None, are passed by.
+        given: Values of the fields that are not chosen; other keys, and None, are passed by. UserError where there is
+            no density with these.
     """
     given = {key: value for key, value in (given or {}).items() if key in FIELDS and value is not None}
     held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]
@@ -79,6 +81,10 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
             found += [best_shrunk(train, held_out, k, form, floor, shares) for k in fewest]
         elif 1 in counts:
             found.append(best_shrunk(train, held_out, 1, form, floor, shares))
+    if not found:
+        asked = " and ".join(f"{name} {value}" for name, value in given.items())
+        what = f"no base density of {len(train)} samples of shape {tuple(train.shape[1:])} has {asked}"
+        raise UserError(f"{what}; leave components and form out, or give more samples")
     best = max(found, key=lambda start: start.value)
     preferred = [start for start in found if start.fields["form"] == "full"]
     return next((one for one in preferred if within_error(best.log_prob - one.log_prob)), best)

@@ -86,6 +86,9 @@ class ModelConfig:
             raise ValueError("class_gaussians needs gaussian, and labels joint")
         if components > 1 and self.gaussian is False:
             raise ValueError(f"components is {components}; above 1 it needs gaussian")
+        other = {"mlp": "cosine", "custom": "diagonal"}.get(self.backbone.name, "full")
+        if components > 1 and self.form in ("diagonal", other):
+            raise ValueError(f"components is {components}; above 1 form is full for vectors, cosine for images")
         if self.shrinkage and (self.gaussian is False or (self.class_gaussians and components == 1)):
             needs = "gaussian, and components with class_gaussians"
             raise ValueError(f"shrinkage is {self.shrinkage:g}; above 0 it needs {needs}")
