@@ -8,7 +8,7 @@ import pytest
 from torchcdm.cli import main
 from torchcdm.cli.arguments import Parser
 from torchcdm.cli.commands import add_commands
-from torchcdm.compose.sampling import SAMPLER, STEPS, WITH_MOVES
+from torchcdm.compose.sampling import OF_VECTORS, SAMPLER, STEPS, WITH_MOVES
 from torchcdm.likelihood import Scoring
 from torchcdm.likelihood.log_z import SWEEPS
 from torchcdm.samplers import SAMPLERS
@@ -41,7 +41,7 @@ def test_the_help_of_sample_names_every_sampler_and_the_defaults():
     text = help_of("sample", "--sampler")
     names = re.findall(r"[a-z]+\d*\+*", text.split(": one evaluation")[0])
     assert {*names, "heun"} == set(SAMPLERS)
-    assert text.endswith(f"({SAMPLER}; {WITH_MOVES} with moves)")
+    assert text.endswith(f"({SAMPLER}; {OF_VECTORS} of tables; {WITH_MOVES} with moves)")
     assert f"({STEPS})" in help_of("sample", "--steps")
 
 

@@ -9,7 +9,7 @@ from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixtur
 from torch import nn
 
 from torchcdm.compose import sample
-from torchcdm.compose.sampling import sample_noise, trajectories
+from torchcdm.compose.sampling import OF_VECTORS, SAMPLER, STEPS, sample_noise, trajectories
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
@@ -288,8 +288,19 @@ def test_adaptive_steps_are_those_of_model_and_classes():
     assert one != other
 
 
+def test_by_default_columns_of_vectors_keep_their_deviations():
+    """``sa2`` with its placed steps would give 1.12 and 0.7 of them."""
+    denoiser = GaussianDenoiser(LogSNRSchedule(200), [0.0, 0.0], [1.0, 0.01])
+    x = sample(denoiser, 2000, shape=(2,))
+    assert (x.std(0) / torch.tensor([1.0, 0.1])).tolist() == pytest.approx([1.0, 1.0], abs=0.06)
+    assert torch.equal(x, sample(denoiser, 2000, OF_VECTORS, STEPS, spacing="even", shape=(2,)))
+    images = GaussianDenoiser(LogSNRSchedule(60), 0.0, 1.0)
+    x = sample(images, 4, shape=(1, 2, 2))
+    assert torch.equal(x, sample(images, 4, SAMPLER, STEPS, spacing="adaptive", shape=(1, 2, 2)))
+
+
 @pytest.mark.parametrize("scale", [0.1, 10.0])
-def test_the_default_sampler_follows_the_scale_of_data(scale):
+def test_the_default_sampler_of_images_follows_the_scale_of_data(scale):
     here, there = (
         trajectories(
             GaussianDenoiser(LogSNRSchedule(200, 0.01 * by, 1e4 * by), [0.0, 0.0], [by**2, 0.04 * by**2]), 20,

@@ -77,7 +77,7 @@ def _sampling(command: Callable[..., Parser]) -> None:
     parser = command("sampling:sample", "draw samples", "\n  ".join(examples), "model seed quiet device")
     add(parser, "--n", "number of samples", count, default=64)
     names = "sa2, ddpm, ddim, dpm2, dpm++, ipndm3, ipndm4, deis3, deis4, unipc2, unipc3"
-    add(parser, "--sampler", f"{names}: one evaluation a step; heun: two (sa2; ddpm with moves)")
+    add(parser, "--sampler", f"{names}: one evaluation a step; heun: two (sa2; dpm++ of tables; ddpm with moves)")
     add(parser, "--steps N", "sampling steps, up to T (25)", count)
     add(parser, "--spacing", "even, or adaptive: steps where trajectories bend, as 16 pilots find (sa2: adaptive)")
     add(parser, "--label K|balanced", "class by number or name, or all in turn")

@@ -33,9 +33,9 @@ from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, sha
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
-STEPS, SAMPLER, WITH_MOVES = 25, "sa2", "ddpm"
-"""By default: steps, the sampler, and that of which each step is followed by a move: the history of a multistep rule
-is none of the state that a move leaves."""
+STEPS, SAMPLER, OF_VECTORS, WITH_MOVES = 25, "sa2", "dpm++", "ddpm"
+"""By default: steps, the sampler of images, that of vectors, whose columns may differ much in their deviations, and
+that of which each step is followed by a move, after which a multistep rule has no history."""
 
 ISLANDS, SMALL, LARGE = 8, 32, 256
 """Populations at most, and particles in each at least: large ones of what is tilted, or all soon descend from one."""
@@ -109,10 +109,10 @@ def sample(
 ) -> Any:  # fmt: skip
     """Draws samples of a model or of a composed density.
 
-    By default 25 steps of a stochastic Adams solver (``sa2``); of a composed density 25 of the reverse chain
-    (``ddpm``), with a move that is accepted or rejected after each. Exactly ``steps`` levels are visited, level T
-    first; level 0 is reached last. Sample i depends on ``seed`` and i, not on batch size or device; placed steps and
-    moves also on which classes are asked for.
+    By default 25 steps: of images a stochastic Adams solver (``sa2``), of vectors DPM-Solver++ (``dpm++``), of a
+    composed density the reverse chain (``ddpm``) with a move that is accepted or rejected after each. Exactly
+    ``steps`` levels are visited, level T first; level 0 is reached last. Sample i depends on ``seed`` and i, not on
+    batch size or device; placed steps and moves also on which classes are asked for.
 
     Args:
         model: Any denoiser, put in eval mode meanwhile; corrections need a density.
@@ -159,17 +159,17 @@ def sample(
         target = ModelTarget(model, y, batch_size)
         found = _by_particles(target, n, seed, units, corrector, particles, sweeps, spacing and WORKS, progress)
         return found if details else found.x
-    rule, schedule = make_sampler(sampler or (WITH_MOVES if corrector else SAMPLER)), model.schedule
-    steps = min(STEPS, schedule.T) if steps is None else steps
     shape = shape or model.shape
     if not shape:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
     if model.shape not in (None, shape):
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
+    rule = make_sampler(sampler or (WITH_MOVES if corrector else OF_VECTORS if len(shape) == 1 else SAMPLER))
+    steps = min(STEPS, model.schedule.T) if steps is None else steps
     labels = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
     denoiser: Denoiser = GuidedDenoiser(model, guidance) if guidance else model
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
-    path = [*schedule.time_grid(steps), 0]
+    path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, labels, rule.weight)
         rule = rule.suited(variance)

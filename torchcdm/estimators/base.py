@@ -65,9 +65,6 @@ UNUSED = ("data", "sampling", "report", "train.seed")
 """Fields without effect on an estimator, which has parameters for some of them."""
 """Rows in a step, at most: all of them are in memory at once."""
 
-SAMPLING_STEPS = 25
-"""Twice as many move draws by 0.004 of a deviation in the mean."""
-
 Likelihood = Literal["one-pass", "flow"]
 
 
@@ -279,9 +276,8 @@ class TableEstimator(BaseEstimator):
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> Tensor:
         """Codes that the model draws, float64 (n, kept)."""
         # In float32, which takes two thirds of the time and moves a draw in its seventh digit.
-        model, steps = deepcopy(self.model_).float(), min(SAMPLING_STEPS, self.model_.schedule.T)
-        y = None if y is None else y.float()
-        z = sample(model, n, "dpm++", steps, y=y, seed=self._seed(random_state), units="model")
+        model, y = deepcopy(self.model_).float(), None if y is None else y.float()
+        z = sample(model, n, y=y, seed=self._seed(random_state), units="model")
         return self.model_.transform.inverse(z.double().to(self.model_.schedule.alpha.device)).cpu()
 
     def _decoded(self, codes: Tensor) -> Any:
