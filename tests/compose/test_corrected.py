@@ -5,13 +5,17 @@ import warnings
 
 import pytest
 import torch
-from oracles import labelled_mixture
+from oracles import ZeroBackbone, labelled_mixture
 from test_combinations import SCHEDULE, exact, gaussian
 
 from studies.exact import GaussianMixture
 from torchcdm import compose
 from torchcdm.compose import sample
+from torchcdm.compose.tilted import Tilted
+from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.units import DataTransform
 
 FAR = GaussianMixture(
     torch.tensor([0.8, 0.2]), torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.tensor([0.3, 0.3]), torch.tensor([0, 1])
@@ -37,6 +41,25 @@ def test_corrected_samples_do_not_depend_on_their_batch():
     assert torch.allclose(whole, compose.sample(model, 20, batch_size=7, **options), atol=1e-9)
     separate = exact(labelled_mixture())  # two passes where the joint head takes one
     assert torch.allclose(whole, compose.sample(separate, 20, **options), atol=1e-5)
+
+
+def test_a_move_leaves_a_multistep_rule_without_history():
+    """Predictions from before a move belong to another trajectory: extrapolated, they make narrow modes four times as
+    wide."""
+    means = torch.tensor([[-1.0], [1.0]])
+    narrow = GaussianMixture(torch.ones(2), means, torch.full((2,), 0.01)).double()
+    model = exact(narrow, schedule=LogSNRSchedule(100))
+    for sampler in ("deis3", "unipc2"):
+        x = compose.sample(model, 500, sampler, steps=8, corrector=1)
+        assert float((x - x.sign()).std()) == pytest.approx(0.1, abs=0.03), sampler
+
+
+@pytest.mark.parametrize("options", [{"corrector": 1, "steps": 6}, {"sampler": "sa2", "steps": 6}])
+def test_a_sample_of_a_joint_model_does_not_depend_on_which_classes_the_others_have(options):
+    model = exact(labelled_mixture(), joint=True)
+    many = compose.sample(model, 12, **options)
+    for n in (1, 2):
+        assert torch.allclose(compose.sample(model, n, **options), many[:n], atol=1e-9)
 
 
 def test_a_move_leaves_an_evaluation_for_the_next_step():
@@ -86,9 +109,12 @@ def test_a_collapse_of_the_weights_is_said():
     with pytest.warns(UserWarning, match="weights have collapsed") as said:
         compose.sample(absurd, 8, particles=512)
     assert {warning.filename for warning in said} == {__file__}, "it points at the caller's line"
-    nothing = compose.tilted(model, lambda x: torch.full((len(x),), -math.inf, dtype=torch.float64))
-    with pytest.raises(UserError, match="contradicts itself"):
-        compose.sample(nothing, 8, particles=64)
+    with pytest.raises(UserError, match="-inf at all of 64 draws"):
+        compose.tilted(model, lambda x: torch.full((len(x),), -math.inf, dtype=torch.float64))
+    for value in (-math.inf, math.inf, math.nan):
+        absurd = Tilted(model, lambda x, t, value=value: torch.full((len(x),), value).double())
+        with pytest.raises(UserError, match="contradicts itself"):
+            compose.sample(absurd, 8, particles=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compose.sample(model, 8, particles=64)
@@ -109,6 +135,20 @@ def test_a_reward_without_derivative_weighs():
     found = compose.sample(right, 8, particles=800, details=True)
     left = found.log_weights.exp()[found.particles[:, 0] < 0].sum()
     assert float(left) == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("edge", [-2.2, 0.0, 1.5])
+def test_bounds_by_a_reward_of_minus_infinity_have_the_normaliser_of_what_is_within(edge):
+    model = ClassificationDiffusion(ZeroBackbone(102), LogSNRSchedule(100), DataTransform((2,))).double()
+    bounded = compose.tilted(model, lambda x: torch.where(x[:, 0] > edge, 5.0, -math.inf))
+    normal, values = torch.distributions.Normal(0.0, 1.0), []
+    for seed in range(3):
+        found = compose.sample(bounded, 64, particles=512, details=True, seed=seed)
+        assert (found.x[:, 0] > edge - 0.02).all() and len(found.x.unique(dim=0)) > 16
+        values.append(found.log_z.value)
+    truth = 5 + math.log(1 - float(normal.cdf(torch.tensor(edge))))
+    assert sum(values) / 3 == pytest.approx(truth, abs=0.2)
+    assert (compose.sample(bounded, 64, particles=32, sweeps=8)[:, 0] > edge - 0.02).all()
 
 
 def test_particles_take_as_long_steps_as_their_weights_allow():

@@ -21,6 +21,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.schedules import Level
+from torchcdm.errors import UserError
 from torchcdm.runtime.processes import alone
 
 BEST_ACCEPTANCE = 0.57
@@ -137,7 +138,7 @@ def smc(
     of them. Langevin ``moves`` follow each step, an evaluation each. An island is resampled where its effective sample
     size is ``below`` that share of its size; 0 for never, which is annealed importance sampling. A step is of one
     level, or as long as the deviation of its works is at most ``spacing`` nats: these are found by trial, so that the
-    estimates are only nearly unbiased.
+    estimates are only nearly unbiased. UserError where no island has any weight left, or weights are infinite.
     """
     schedule, step, length, n, visited = target.schedule, FIRST_STEP, 1, islands * size, []
     x, log_start = target.start(n, generator)
@@ -166,19 +167,24 @@ def smc(
             if spacing is not None and float(works.std()) < spacing / 1.5:
                 length = -(-3 * length // 2)
             bar.update(states.t - s)
-            lower.origin, log_w = states.origin, log_w + works.reshape(islands, size)
+            # Both may be infinite: a particle without weight never gets any back.
+            log_w = (log_w + works.reshape(islands, size)).nan_to_num(-math.inf, math.inf, -math.inf)
+            lower.origin = states.origin
             states = lower
             least = torch.minimum(least, effective(log_w))
             states, log_w, log_z = resampled(states, log_w, log_z, below, generator)
             for _ in range(moves):
                 accepted = langevin(target, kernels, states, step, generator)
                 step = adapted(step, float(accepted.double().mean()))
-    return Particles(states, log_w, log_z + log_w.logsumexp(1) - math.log(size), least, visited)
+    log_estimates = log_z + log_w.logsumexp(1) - math.log(size)
+    if not bool((log_estimates < math.inf).all() and log_estimates.isfinite().any()):  # neither is true of nan
+        raise UserError("no particle has a finite weight: the density contradicts itself")
+    return Particles(states, log_w, log_estimates, least, visited)
 
 
 def effective(log_w: Tensor) -> Tensor:
-    """Effective sample size of the weights of each island, (islands,) of (islands, size)."""
-    return 1 / log_w.softmax(1).square().sum(1)
+    """Effective sample size of the weights of each island, (islands,) of (islands, size); 0 where none has any."""
+    return (1 / log_w.softmax(1).square().sum(1)).nan_to_num(0)
 
 
 def resampled(

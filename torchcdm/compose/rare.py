@@ -133,11 +133,7 @@ def climb(
     half = -(-n // 2)
     counted = _Above(target, event)
     found = smc(counted, kernels, 1, 2, half, generator, moves=1, progress=progress)
-    if not bool(found.log_estimates.isfinite().any()):
-        raise UserError("probability: no particle has any weight: the density contradicts itself")
-    # An island may have lost all of its weight: it counts for nothing.
-    states = found.states
-    weights = found.log_weights.softmax(1).nan_to_num(0.0) * found.log_estimates.softmax(0)[:, None]
+    states, weights = found.states, found.log_weights.softmax(1) * found.log_estimates.softmax(0)[:, None]
     first = torch.bincount(states.origin, weights.flatten())
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
     bar = tqdm(desc="thresholds", disable=not progress, leave=False)

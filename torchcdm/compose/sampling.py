@@ -166,19 +166,21 @@ def sample(
         raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     rule = make_sampler(sampler or (WITH_MOVES if corrector else OF_VECTORS if len(shape) == 1 else SAMPLER))
     steps = min(STEPS, model.schedule.T) if steps is None else steps
-    labels = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
+    labels = asked = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
+    if y is None and labels is not None:
+        asked = torch.arange(model.classes, device=labels.device)  # which are drawn depends on n
     denoiser: Denoiser = GuidedDenoiser(model, guidance) if guidance else model
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
-        path, variance = adaptive_levels(denoiser, steps, shape, labels, rule.weight)
+        path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
         rule = rule.suited(variance)
         if moves is None and not rule.stochastic and model.density is not None and model.moments is not None:
             denoiser = LevelReader(model.density, guidance)
     if moves is not None:
         with alone():
             # Whatever n is: a sample depends on the seed and its number alone.
-            trajectories(denoiser, PILOTS, rule, path, shape, pilot_labels(labels), seed, moved=moves)
+            trajectories(denoiser, PILOTS, rule, path, shape, pilot_labels(asked), seed, moved=moves)
         moves.adapts, moves.accepted, moves.tried = False, 0, 0
     x = trajectories(denoiser, n, rule, path, shape, labels, seed, batch_size, units, progress, moves)
     x = as_rows(model, x, units)
@@ -219,7 +221,8 @@ def trajectories(
             noise = next(draws).to(device) if sampler.stochastic else None
             x, previous = sampler.step(Step(denoiser, x, t, s, label, noise, previous, known))
             known = moved(x, s, rows, label) if moved is not None and s > 0 else None
-            x = x if known is None else known.x_t
+            if known is not None:
+                x, previous = known.x_t, ()  # what was said before is of a trajectory that x has left
             bar.update(len(x))
         return finished(denoiser, x, units)
 
@@ -308,18 +311,17 @@ def _by_particles(
             x = trace.x.flatten(0, 1)
             if len(x) < n:
                 raise UserError(f"replica exchange of so many numbers keeps {len(x)} samples; ask for no more")
-            log_w = torch.zeros(len(x), dtype=torch.float64).log_softmax(0)
+            # What started beyond a bound may be there still.
+            log_w = (trace.log_gamma[:: trace.every].flatten() > -math.inf).double().log().log_softmax(0)
             log_z, ess = LogZ.of_replicas(trace, ["particles"]), trace.ess()
         else:
             found = smc(target, kernels, 1, islands, size, generator, moves, spacing=works, progress=progress)
             x, estimates = found.states.x, found.log_estimates
-            if not bool(estimates.isfinite().any()):
-                raise UserError("no particle has any weight: the composition contradicts itself")
             log_w = (estimates[:, None] + found.log_weights.log_softmax(1)).flatten().log_softmax(0)
             name = f"smc, {islands} x {size} particles, {moves} moves"
             log_z = LogZ.of_weights(estimates, name, 1, x[0].numel())
             ess = min(float(effective(log_w[None])), float(found.least.sum()))
-        if ess < COLLAPSE * particles:
+        if not ess >= COLLAPSE * particles:  # which nan is not
             what = f"the weights have collapsed: {ess:.1f} of {particles} particles count"
             mend = "use more particles, moves (corrector) or sweeps"
             or_else = "or the composition asks for what the model hardly has"

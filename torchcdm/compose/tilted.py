@@ -24,7 +24,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import Level
+from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
@@ -38,11 +38,14 @@ Map = Callable[[Tensor], Tensor]
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
 
-DRAWS_LINEARISED = 16
-"""Points at which a measurement is linearised that is not linear."""
+DRAWS_LINEARISED, TRIED = 16, 64
+"""Points at which a measurement is linearised that is not linear, and at which a reward is tried."""
 
 NODES = torch.from_numpy(np.array(np.polynomial.hermite_e.hermegauss(5)) / np.c_[[1.0, (2 * math.pi) ** 0.5]])
 """Where a curve of a normal number is read, and the weights: Gauss-Hermite quadrature, (2, 5)."""
+
+FALL = 0.2
+"""A floor falls by so many nats over r_t: slowly, or particles near a bound are lost that end within."""
 
 HEAVY = 0.25
 """Share of the square by which y is away that counts to the variance of what only a curve explains."""
@@ -109,20 +112,45 @@ def one_each(values: Tensor, x: Tensor, what: str) -> Tensor:
     return values
 
 
+def floored(known: Known, tried: Tensor, schedule: NoiseSchedule, or_else: str) -> Known:
+    """What is ``known``, above level 1 with a floor where it is -inf: its least value at ``tried``, less FALL / r_t.
+
+    Under much noise E[x_0 | x_t] is near the middle, wherever x_0 is. Were there no mass beyond a bound, particles
+    there would be lost, though their x_0 may be within: log Z would be too low. ``tried`` are model units
+    (N, *shape); UserError, with the words ``or_else``, where it is finite at none of them.
+    """
+    with torch.enable_grad():
+        values = known(tried.requires_grad_(), torch.ones(len(tried), dtype=torch.long, device=tried.device)).detach()
+    if not len(values := values[values.isfinite()]):
+        raise UserError(or_else)
+    least = float(values.min())
+
+    def bounded(x0: Tensor, t: Tensor) -> Tensor:
+        found = known(x0, t)
+        floor = torch.where(t > 1, least - FALL / schedule.ratio[t], -torch.inf)
+        return torch.where(found > -torch.inf, found, floor)
+
+    return bounded
+
+
 def tilted(model: Denoiser, reward: Map) -> Tilted:
     """p(x) exp(R(x)): the model's samples, weighed by a reward or the log-likelihood of a classifier.
 
     Args:
         model: The density, or a composed one; UserError for a model without.
-        reward: R, nats (B,) of samples in data units (B, *shape), on the model's device; calls give a UserError for
-            another shape. Without a derivative it weighs and accepts, and proposes nothing.
+        reward: R, nats (B,) of samples in data units (B, *shape), on the model's device; UserError for another shape,
+            or one that is finite at none of some draws. Bounds are where it is -inf: with a large negative number
+            instead log Z is too low. Without a derivative it weighs and accepts, and proposes nothing.
 
     Example:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
         >>> x = torchcdm.sample(heavy, 64, particles=256)
     """
-    measured = of_data(model, reward)
-    return Tilted(model, lambda x0, t: one_each(measured(x0), x0, "compose: the reward"))
+    measured, reference = of_data(model, reward), reference_gaussian(require_density(model, "compose"))
+    tried = reference.draw((TRIED, *reference.mean.shape), stream(0, "reward")).double()
+    or_else = f"compose: the reward is -inf at all of {TRIED} draws; let it fall slowly from where it is highest"
+    known = floored(lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), tried, model.schedule, or_else)
+    return Tilted(model, known)
 
 
 def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | None = None) -> Tilted:

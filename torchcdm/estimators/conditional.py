@@ -20,7 +20,7 @@ from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.compose import sample
 from torchcdm.compose.combinations import AllGiven
-from torchcdm.compose.tilted import one_each
+from torchcdm.compose.tilted import TRIED, floored, one_each
 from torchcdm.data.arrays import as_array
 from torchcdm.errors import UserError, reason, warn
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
@@ -34,8 +34,8 @@ from torchcdm.units.table import is_frame
 REPEATED = 5
 """Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
 
-PARTICLES, MOVES, TRIED, REGION = 1000, 2, 64, 10_000
-"""Of draws given several x together: least number, moves a step, draws that try the prior; draws of a region."""
+PARTICLES, MOVES, REGION = 1000, 2, 10_000
+"""Of draws given several x together: least number, moves a step; draws of a region."""
 
 ROUNDS = 20
 """So often draws are made again where the prior has mass at none of them."""
@@ -232,22 +232,16 @@ class CDMConditional(DensityEstimator):
         model, middle = deepcopy(self.model_).float(), centre.mean(0)  # in float32, as in _draws
         device, y = model.schedule.alpha.device, torch.from_numpy(context)
 
-        def log_prior(residual: Tensor) -> Tensor:
+        def log_prior(residual: Tensor, t: Tensor) -> Tensor:
             # The power is that of a density in model units, as those of the product are.
             codes = self._units.inverse(residual.cpu() + middle)
             log_det = self._units.log_det(codes) + model.transform.log_det(residual).cpu()
             return self._log_prior(prior, codes, 1 - len(centre), log_det).to(device)
 
-        # Bounds rise as the noise falls: under much of it x_0 seems to be near the middle, wherever that is.
         some = torch.arange(max(len(y), TRIED)) % len(y)
-        tried = log_prior((self._draws(len(some), seed, y[some]) + (centre - middle)[some]).to(device))
-        if not len(tried := tried[tried > -torch.inf]):
-            raise UserError("prior: none of some draws given the single observations has any density")
-
-        def known(residual: Tensor, t: Tensor) -> Tensor:
-            found = log_prior(residual)
-            return torch.where(found > -torch.inf, found, tried.min() - model.schedule.ratio[t] ** -2)
-
+        tried = (self._draws(len(some), seed, y[some]) + (centre - middle)[some]).to(device)
+        or_else = "prior: none of some draws given the single observations has any density; fit more pairs near it"
+        known = floored(log_prior, tried, model.schedule, or_else)
         both = AllGiven(model, y.float().to(device), (centre - middle).to(device), known)
         z = sample(both, n, particles=max(n, PARTICLES), corrector=MOVES, spacing="adaptive", units="model", seed=seed)
         return self._decoded(self._units.inverse(self.model_.transform.inverse(z.double().to(device)).cpu() + middle))
