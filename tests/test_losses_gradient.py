@@ -1,5 +1,6 @@
 """The gradient of the squared error without a second derivative: what it is, what it keeps, and compiled."""
 
+import functools
 import shutil
 
 import pytest
@@ -7,11 +8,13 @@ import torch
 from torch import nn
 
 from torchcdm import losses
+from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.denoiser import full_float32
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import MLP
 
@@ -118,6 +121,53 @@ def test_differences_are_for_full_precision():
         assert not losses.differences_suffice(x) and losses.differences_suffice(x.double())
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def precisions():
+    """PyTorch's settings of the precision of float32, as they are when it is imported afterwards."""
+    yield torch.backends
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):
+        torch.backends.fp32_precision = "none"
+        for kind in (torch.backends.cudnn, torch.backends.mkldnn):
+            kind.conv.fp32_precision = kind.rnn.fp32_precision = "tf32" if kind is torch.backends.cudnn else "none"
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has one interface")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("path", ["all", "cuda.matmul", "cudnn.conv", "mkldnn.matmul"])
+def test_precision_set_by_the_newer_interface_is_read_changed_and_given_back(path, device, precisions):
+    owner = precisions if path == "all" else functools.reduce(getattr, path.split("."), precisions)
+    parts = [precisions.mkldnn.matmul, precisions.mkldnn.conv, precisions.mkldnn.rnn]
+    if device == "cuda":
+        parts = [precisions.cuda.matmul, precisions.cudnn.conv, precisions.cudnn.rnn]
+    # Neither can be read by the older interface.
+    owner.fp32_precision = "ieee" if path == "cudnn.conv" else "tf32"
+    changed = [part.fp32_precision for part in parts]
+    with full_float32(device):
+        assert not {part.fp32_precision for part in parts} & {"tf32", "bf16"}
+    assert [part.fp32_precision for part in parts] == changed
+    assert losses.differences_suffice(torch.zeros(2, 3)) == (path not in ("all", "mkldnn.matmul"))
+    loss, x, y = some_loss("images")
+    assert torch.equal(in_batches(loss.model, x, lambda rows: x[rows]), x)
+    assert loss(x, y)["loss"].isfinite().all()
+    if path == "all":  # what had its precision from all others has it from them again
+        owner.fp32_precision = "ieee"
+        assert {part.fp32_precision for part in parts} == {"ieee"}
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_precision_set_by_the_older_interface_is_given_back(precision, precisions):
+    torch.set_float32_matmul_precision(precision)
+    for device in ("cpu", "cuda"):
+        convolutions = precisions.cudnn.allow_tf32
+        with full_float32(device):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert device == "cpu" or not precisions.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == precision
+        assert precisions.cudnn.allow_tf32 == convolutions
 
 
 def compilers():

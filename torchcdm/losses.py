@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, short_products
 from torchcdm.models.density import Evaluation
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
@@ -268,8 +268,7 @@ def differences_suffice(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    # Below "highest" products of float32 may be taken in bfloat16.
-    return x.dtype == torch.float64 or (x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and not short_products("cpu"))
 
 
 @final

@@ -17,11 +17,10 @@ from torch import Generator, Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, full_float32, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.processes import Rows, map_rows
-from torchcdm.units.log_likelihood import log_normal
 
 
 class Evaluated(NamedTuple):
@@ -67,10 +66,9 @@ class Target(ABC):
     @final
     def start(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """``n`` draws x_T of the reference at level T, float64 (n, *shape), and its log density, nats (n,)."""
-        mean, variances = self.reference.moments(self.schedule.T)
-        noise = torch.randn(n, len(variances), generator=generator, dtype=torch.float64).to(variances.device)
-        x_T = mean + self.reference.rotation.inverse(noise * variances.sqrt())
-        return x_T, (log_normal(noise) - 0.5 * variances.log()).sum(1)
+        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
+        x_T = self.reference.start(noise.to(self.reference.mean.device))
+        return x_T, self.log_start(x_T)
 
     @final
     def log_start(self, x_T: Tensor) -> Tensor:
@@ -220,15 +218,8 @@ def round_gaussian(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMar
 def in_batches(model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None) -> Rows:
     """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients.
 
-    Without TF32 and autocast: differences of log p are a few nats of thousands.
+    Without short products and autocast: differences of log p are a few nats of thousands.
     """
-    device, flags = model.schedule.alpha.device, (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = False
-    try:
-        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+    device = model.schedule.alpha.device
+    with evaluation_mode(model), torch.no_grad(), full_float32(device.type):
+        return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
