@@ -1,4 +1,4 @@
-"""The decoder of Gaussianised grey levels, which weighs a few cells of a pixel, against the sum over all of them."""
+"""Decoders, which weigh a few grey levels of a pixel, against the sum over all of them."""
 
 import math
 
@@ -8,8 +8,15 @@ from oracles import normal, rng
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import LogSNRSchedule
-from torchcdm.likelihood.cells import NormalCells, grey_levels, log_masses, noisy_cells, truncated_normal_means
-from torchcdm.units import GaussianizedTransform
+from torchcdm.likelihood.cells import (
+    EqualCells,
+    NormalCells,
+    grey_levels,
+    log_masses,
+    noisy_cells,
+    truncated_normal_means,
+)
+from torchcdm.units import DataTransform, GaussianizedTransform
 
 DIM, LEVELS = 6, 256
 SCHEDULE = LogSNRSchedule(21, 1e-3, 1e2)
@@ -111,6 +118,28 @@ def test_few_cells_are_weighed():
     _, count = cells._window(z, grey_levels(cells.transform, x)[0].flatten(), z)
     assert float(count.double().mean()) < LEVELS / 4
     assert int(count.min()) == 1
+
+
+@pytest.mark.parametrize("dequantize", [True, False])
+@pytest.mark.parametrize("level", [1, 12, 21])
+def test_equal_cells_weigh_no_more_grey_levels_than_there_are(level, dequantize, monkeypatch):
+    # With much noise those within 9 deviations of it are many times as many as exist.
+    cells = noisy_cells(DataTransform.images((4,), LEVELS, dequantize), SCHEDULE, level)
+    assert isinstance(cells, EqualCells)
+    x = torch.randint(0, LEVELS, (5, 4), generator=rng(1)).double()
+    z = SCHEDULE.perturb(cells.transform(x), level, 2 * normal(5, 4))
+    x0, decoded, weighed = cells.transform(x) + 0.1 * normal(5, 4, seed=2), EqualCells._decoded, []
+
+    def counted(cells, z, x, x0, offsets):
+        weighed.append(len(offsets))
+        return decoded(cells, z, x, x0, offsets)
+
+    monkeypatch.setattr(EqualCells, "_decoded", counted)
+    found = cells.log_decoder(z, x, x0)
+    reach = math.ceil(9 * float(cells.sigma / cells.alpha / cells.transform.model_bin)) + 1
+    unclipped = decoded(cells, z, x, x0, torch.arange(-reach, reach + 1, dtype=torch.float64))
+    torch.testing.assert_close(found, unclipped, rtol=1e-12, atol=1e-12)
+    assert max(weighed) == 2 * min(reach, LEVELS - 1) + 1
 
 
 def test_masses_and_means_of_cells_in_every_place():

@@ -12,7 +12,7 @@ from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, log_normalizer, report, single_pass
 from torchcdm.likelihood.log_z import read_log_z, weights_of, write_log_z
-from torchcdm.likelihood.restricted import COVER, evaluated, measured_steps, restricted_pass
+from torchcdm.likelihood.restricted import COVER, MeasuredStep, evaluated, measured_steps, restricted_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.runtime.artefact import write_artefact
 from torchcdm.units import DataTransform
@@ -129,9 +129,15 @@ def test_one_pass_and_few_bound_the_code_length(pixels):
     assert restricted_pass(model, off, z.restricted).nats.isinf().tolist() == [True, False]
 
 
-def test_steps_rise_at_equal_ratios_from_the_level_that_decodes(pixels):
+def test_steps_rise_at_equal_ratios_from_the_level_that_decodes(pixels, monkeypatch):
     model, x, _ = pixels
-    levels = [step.level for step in measured_steps(model, x[:200], 18)]
+    decoded, length = [], MeasuredStep.code_length
+    monkeypatch.setattr(MeasuredStep, "code_length", lambda step, *a: decoded.append(step.level) or length(step, *a))
+    steps = measured_steps(model, x[:200], 18)
+    levels = [step.level for step in steps]
+    # The first and the last are those that decode, by a table where that is better.
+    assert decoded == [levels[0]] * 2 + [levels[-1]] * 2 and steps[-1].table is not None
+    assert all(step.table is None for step in steps[1:-1])
     ratio = model.schedule.ratio / model.transform.model_bin
     assert levels[-1] == 18 and len(levels) <= 9 and ratio[levels[0]] >= 2.5 > ratio[levels[0] - 1]
     assert [step.level for step in measured_steps(model, x[:200], 1)] == [1]

@@ -222,10 +222,7 @@ def write_log_z(folder: Path, z: LogZ, weights: str | None) -> None:
         tensors = {"log_z": found.log_z, "mean": found.mean, "variances": found.variances}
         tensors |= {"middle": found.fence.middle, "whiten": found.fence.whiten}
         for k, step in enumerate(found.steps):
-            kept = {"edges": step.edges, "variances": step.variances}
-            if k in (0, len(found.steps) - 1):  # others decode nothing
-                kept["table"] = step.table
-            tensors |= {f"{k}.{name}": part for name, part in kept.items() if part is not None}
+            tensors |= {f"{k}.{name}": part for name, part in vars(step).items() if isinstance(part, Tensor)}
     write_artefact(folder / NAME, "log_z", content, {TENSORS: tensors})
 
 
@@ -239,8 +236,8 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
     tensors, restricted = {name: part.to(device) for name, part in tensors.items()}, None
     if "steps" in content:
         names = ("edges", "variances", "table")
-        parts = ([tensors.get(f"{k}.{name}") for name in names] for k in range(len(content["steps"])))
-        steps = [MeasuredStep(t, *part) for t, part in zip(content["steps"], parts, strict=True)]
+        levels = enumerate(content["steps"])
+        steps = [MeasuredStep(t, *(tensors.get(f"{k}.{name}") for name in names)) for k, t in levels]
         fence = Fence(content["fence"], tensors["middle"], tensors["whiten"])
         restricted = Restricted(steps, fence, tensors["log_z"], tensors["mean"], tensors["variances"])
     check = content["check"] and LogZ(**content["check"])

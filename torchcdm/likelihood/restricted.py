@@ -187,10 +187,14 @@ def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring 
     seed = derive(scoring.seed, "decoders")  # of no noise that a test sample has
     batch, held = (ScoredBatch(model, part, None, slice(0, len(part)), seed) for part in (x, x[n:]))
     (x_0, _), steps = batch.clean(), []
-    for t in sorted({round(math.exp(at)) for at in torch.linspace(*ends, PASSES).tolist()}):
+    levels = sorted({round(math.exp(at)) for at in torch.linspace(*ends, PASSES).tolist()})
+    for t in levels:
         z = schedule.perturb(x_0, t, batch.noise("chain", t))
         denoised = in_batches(model, z, lambda rows, z=z, t=t: evaluated(model, z[rows], t)[0], scoring.batch_size)
         step = MeasuredStep.of(t, batch.x[:n], x_0[:n], denoised[:n], model.transform)
-        ways = [replace(step, table=None), step]
-        steps.append(min(ways, key=lambda way, z=z, x=denoised: float(way.code_length(held, z[n:], x[n:]).mean())))
+        best = replace(step, table=None)
+        if t in (levels[0], levels[-1]):  # no other one decodes
+            length = [float(way.code_length(held, z[n:], denoised[n:]).mean()) for way in (best, step)]
+            best = step if length[1] < length[0] else best
+        steps.append(best)
     return steps
