@@ -1,6 +1,7 @@
 """The engine on targets whose normalisers are known: works, moves, particles and replicas."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -169,6 +170,22 @@ def test_replicas_forget_where_they_started():
         assert abs(ratios.total) < 4 * ratios.se and ratios.se < 0.15
         mean = schedule.alpha[1] * mixture.log_weights.exp() @ mixture.means
         assert torch.allclose(trace.x[:, columns].mean((0, 1)), mean, atol=0.35)
+
+
+def test_a_ladder_keeps_no_more_of_its_particles_than_the_points_where_replicas_start(monkeypatch):
+    made, alive, init = [], [], States.__init__
+
+    def noted(states, *arguments, **options):
+        init(states, *arguments, **options)
+        made.append(weakref.ref(states))
+        alive.append(sum(one() is not None for one in made))
+
+    monkeypatch.setattr(States, "__init__", noted)
+    target, columns = MixtureTarget(mixture_of(3), CosineSchedule(60)), 6
+    rungs = ladder(target, Kernels(target.reference), 1, columns, rng(3))
+    assert rungs.levels == sorted(rungs.levels) and (rungs.levels[0], rungs.levels[-1]) == (1, 60)
+    assert len(rungs.levels) > 8 and rungs.x.shape == (len(rungs.levels), columns, 3)
+    assert max(alive) < 6
 
 
 def test_a_target_without_mass_somewhere():

@@ -10,6 +10,7 @@ for any target. Resampling between the steps keeps the mean. The log of a mean e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,20 +118,19 @@ class Particles(NamedTuple):
         log_weights: Log weights of the points within each island, (islands, size).
         log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
         least: Smallest effective sample size of each island at any level, before resampling, (islands,).
-        visited: The states of every level and the step size of their moves, where the spacing was found by trial.
     """
 
     states: States
     log_weights: Tensor
     log_estimates: Tensor
     least: Tensor
-    visited: list[tuple[States, Tensor | float]]
 
 
 @torch.no_grad()
 def smc(
     target: Target, kernels: Kernels, level: int, islands: int, size: int, generator: Generator, moves: int = 1,
     below: float = 0.5, spacing: float | None = None, progress: bool = False,
+    seen: Callable[[States, Tensor | float], None] | None = None,
 ) -> Particles:  # fmt: skip
     """Particles from the start density at T down to ``level``, 1 ... T, proposed by r.
 
@@ -138,9 +138,10 @@ def smc(
     of them. Langevin ``moves`` follow each step, an evaluation each. An island is resampled where its effective sample
     size is ``below`` that share of its size; 0 for never, which is annealed importance sampling. A step is of one
     level, or as long as the deviation of its works is at most ``spacing`` nats: these are found by trial, so that the
-    estimates are only nearly unbiased. UserError where no island has any weight left, or weights are infinite.
+    estimates are only nearly unbiased. The states of every level, and the step size of their moves, are ``seen``.
+    UserError where no island has any weight left, or weights are infinite.
     """
-    schedule, step, length, n, visited = target.schedule, FIRST_STEP, 1, islands * size, []
+    schedule, step, length, n = target.schedule, FIRST_STEP, 1, islands * size
     x, log_start = target.start(n, generator)
     bar = tqdm(total=schedule.T - level, desc="particles", unit="level", disable=not progress, leave=False)
     # Particles depend on each other: were there differences in rounding between processes, resampling would turn
@@ -151,8 +152,8 @@ def smc(
         log_w = (states.at.log_gamma - log_start).reshape(islands, size)
         log_z, least = torch.zeros_like(log_w[:, 0]), effective(log_w)
         while True:
-            if spacing is not None:
-                visited.append((states, step))
+            if seen is not None:
+                seen(states, step)
             if states.t == level:
                 break
             length = min(length, states.t - level)
@@ -179,7 +180,7 @@ def smc(
     log_estimates = log_z + log_w.logsumexp(1) - math.log(size)
     if not bool((log_estimates < math.inf).all() and log_estimates.isfinite().any()):  # neither is true of nan
         raise UserError("no particle has a finite weight: the density contradicts itself")
-    return Particles(states, log_w, log_estimates, least, visited)
+    return Particles(states, log_w, log_estimates, least)
 
 
 def effective(log_w: Tensor) -> Tensor:

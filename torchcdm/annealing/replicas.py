@@ -50,11 +50,13 @@ def ladder(target: Target, kernels: Kernels, level: int, columns: int, generator
 
     Each of the ``columns`` has one point a rung, from :data:`FAMILY` particles that are resampled among themselves.
     """
-    visited = smc(target, kernels, level, columns, FAMILY, generator, 2, math.inf, SPACING).visited
-    states, steps = zip(*reversed(visited), strict=True)
     chosen = FAMILY * torch.arange(columns) + torch.randint(FAMILY, (columns,), generator=generator)
-    step = torch.tensor(steps, dtype=torch.float64)
-    return Ladder([one.t for one in states], step, torch.stack([one.x[chosen] for one in states]))
+    rungs: list[tuple[int, float, Tensor]] = []
+    # No more than what is chosen: of images all states together would be gigabytes.
+    options = {"seen": lambda states, step: rungs.append((states.t, float(step), states.x[chosen]))}
+    smc(target, kernels, level, columns, FAMILY, generator, 2, math.inf, SPACING, **options)
+    levels, steps, x = zip(*reversed(rungs), strict=True)
+    return Ladder(list(levels), torch.tensor(steps, dtype=torch.float64), torch.stack(x))
 
 
 @final
