@@ -11,8 +11,10 @@ import torchcdm
 from torchcdm import compose
 from torchcdm.diffusion.schedules import NoiseSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
+from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import GuidedDenoiser
 from torchcdm.networks.heads import CumulativeHead, JointHead
+from torchcdm.networks.mlp import MLP
 from torchcdm.units import DataTransform
 
 TINY = {"steps": 20, "progress": False, "device": "cpu"}
@@ -111,9 +113,16 @@ def test_a_distribution_and_the_mean_of_a_table_are_of_its_codes():
             ask()
 
 
-@pytest.mark.parametrize("name", ["two-moons", "digits"])
+def labelled():
+    """A model that takes its classes as an input, untrained."""
+    net = MLP(3, levels=12, width=8, depth=1, classes=4)
+    torch.nn.init.normal_(net.head.linear.weight)
+    return ClassificationDiffusion(net, UniformSigmaSchedule(10), DataTransform((3,))).eval()
+
+
+@pytest.mark.parametrize("name", ["two-moons", "digits", "embedded labels"])
 def test_log_prob_is_exported(name):
-    model = torchcdm.load(f"zoo:{name}")
+    model = labelled() if name == "embedded labels" else torchcdm.load(f"zoo:{name}")
 
     class LogProb(nn.Module):
         def __init__(self):

@@ -73,7 +73,7 @@ class LabelEmbedding(nn.Embedding):
     def forward(self, y: Tensor | None, x: Tensor) -> Tensor:
         """Embeds ``y`` (B,); None stands for the null label of every sample of the batch ``x``."""
         if y is None:
-            y = torch.full((len(x),), self.num_embeddings - 1, device=x.device)
+            y = torch.full((x.shape[0],), self.num_embeddings - 1, device=x.device)  # no len: see Pointwise
         return super().forward(y)
 
 
