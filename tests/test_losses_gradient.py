@@ -14,7 +14,6 @@ from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import full_float32
 from torchcdm.networks.encoder import Encoder
 from torchcdm.networks.mlp import MLP
 
@@ -135,39 +134,49 @@ def precisions():
         torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
 
 
+def meanwhile(read, device, monkeypatch):
+    """What ``read`` gives while likelihoods are computed, with the settings of a ``device`` that need not be there."""
+    monkeypatch.setattr("torchcdm.annealing.target.short_products", lambda _: losses.short_products(device))
+    (loss, x, _), found = some_loss("images"), []
+    assert torch.equal(in_batches(loss.model, x, lambda rows: found.append(read()) or x[rows], len(x)), x)
+    return found[0]
+
+
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has one interface")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("path", ["all", "cuda.matmul", "cudnn.conv", "mkldnn.matmul"])
-def test_precision_set_by_the_newer_interface_is_read_changed_and_given_back(path, device, precisions):
+def test_precision_set_by_the_newer_interface_is_read_changed_and_given_back(path, device, precisions, monkeypatch):
     owner = precisions if path == "all" else functools.reduce(getattr, path.split("."), precisions)
-    parts = [precisions.mkldnn.matmul, precisions.mkldnn.conv, precisions.mkldnn.rnn]
+    matmul, network = precisions.mkldnn.matmul, precisions.mkldnn
     if device == "cuda":
-        parts = [precisions.cuda.matmul, precisions.cudnn.conv, precisions.cudnn.rnn]
+        matmul, network = precisions.cuda.matmul, precisions.cudnn
+
+    def read():
+        return [part.fp32_precision for part in (matmul, network.conv, network.rnn)]
+
     # Neither can be read by the older interface.
     owner.fp32_precision = "ieee" if path == "cudnn.conv" else "tf32"
-    changed = [part.fp32_precision for part in parts]
-    with full_float32(device):
-        assert not {part.fp32_precision for part in parts} & {"tf32", "bf16"}
-    assert [part.fp32_precision for part in parts] == changed
+    changed = read()
+    assert not set(meanwhile(read, device, monkeypatch)) & {"tf32", "bf16"}
+    assert read() == changed
     assert losses.differences_suffice(torch.zeros(2, 3)) == (path not in ("all", "mkldnn.matmul"))
     loss, x, y = some_loss("images")
-    assert torch.equal(in_batches(loss.model, x, lambda rows: x[rows]), x)
     assert loss(x, y)["loss"].isfinite().all()
     if path == "all":  # what had its precision from all others has it from them again
         owner.fp32_precision = "ieee"
-        assert {part.fp32_precision for part in parts} == {"ieee"}
+        assert set(read()) == {"ieee"}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_precision_set_by_the_older_interface_is_given_back(precision, precisions):
+def test_precision_set_by_the_older_interface_is_given_back(precision, device, precisions, monkeypatch):
+    def read():
+        return torch.get_float32_matmul_precision(), precisions.cudnn.allow_tf32
+
     torch.set_float32_matmul_precision(precision)
-    for device in ("cpu", "cuda"):
-        convolutions = precisions.cudnn.allow_tf32
-        with full_float32(device):
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert device == "cpu" or not precisions.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == precision
-        assert precisions.cudnn.allow_tf32 == convolutions
+    before = read()
+    assert meanwhile(read, device, monkeypatch) == ("highest", before[1] and device == "cpu")
+    assert read() == before
 
 
 def compilers():

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, full_float32, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, short_products, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.processes import Rows, map_rows
@@ -221,5 +221,12 @@ def in_batches(model: Denoiser, x: Tensor, function: Callable[[slice], Rows], ba
     Without short products and autocast: differences of log p are a few nats of thousands.
     """
     device = model.schedule.alpha.device
-    with evaluation_mode(model), torch.no_grad(), full_float32(device.type):
-        return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    settings = short_products(device.type)
+    for set_to, _, full in settings:
+        set_to(full)
+    try:
+        with evaluation_mode(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return map_rows(function, len(x), batch_size, dim=x.shape[1:].numel(), device=device)
+    finally:
+        for set_to, before, _ in settings:
+            set_to(before)

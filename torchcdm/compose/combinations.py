@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, Unnormalised
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.validation import Float, checked
@@ -89,7 +88,7 @@ class Combination(DensityModel):
 
 
 @final
-class AllGiven(Denoiser):
+class AllGiven(Unnormalised):
     """A density given several contexts at once: prod_i p_t(x - alpha_t move_i | context_i) exp(known(x_0, t)).
 
     A plain product in model units, on the path of a :class:`Combination`. x_0 is the mean that its Gaussian has given
@@ -101,8 +100,6 @@ class AllGiven(Denoiser):
         moves: How far the density given each is moved, data units, (n, *shape).
         known: Nats (B,) of x_0, data units (B, *shape), and levels (B,), such as a power of a prior.
     """
-
-    composed = True
 
     def __init__(self, model: DensityModel, contexts: Tensor, moves: Tensor, known: Callable) -> None:
         base = _narrowed(model, 1 / len(contexts))
@@ -126,10 +123,6 @@ class AllGiven(Denoiser):
             (gradient,) = torch.autograd.grad(added.sum() + (z * score).sum(), x)
         log_gamma = (log_p.view(n, -1).sum(0) + added.detach()).nan_to_num(-math.inf, math.inf, -math.inf)
         return log_gamma, Prediction.of_score(x_t, alpha, sigma, gradient.nan_to_num(0, 0, 0)).eps
-
-    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
 
 Model = Denoiser | Sequence[Denoiser]

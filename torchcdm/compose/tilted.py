@@ -26,7 +26,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, Unnormalised
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
@@ -55,13 +55,11 @@ LARGEST_MATRIX = 4096
 
 
 @final
-class Tilted(Denoiser):
+class Tilted(Unnormalised):
     """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``.
 
     The latter need not be differentiable. UserError for a model without a density, or of unknown shape.
     """
-
-    composed = True
 
     def __init__(self, model: Denoiser, known: Known) -> None:
         model = require_density(model, "compose")
@@ -89,11 +87,6 @@ class Tilted(Denoiser):
         log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
         return log_gamma, found.eps.detach().double() - self.schedule.at(t, x_t)[1].double() * pull
-
-    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        self.check_inputs(x_t, t, y)
-        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         raise UserError("flow: the noise of a tilted density has no derivative; ask for the method elbo alone")

@@ -74,11 +74,11 @@ class EqualCells(NoisyCells):
         return self._posterior(z, x[..., None])[0][..., 0]
 
     def log_decoder(self, z: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-        transform = self.transform
-        reach = math.ceil(REACH * float(self.sigma / self.alpha / transform.model_bin.min())) + 1
-        if transform.low is not None and transform.high is not None:
-            reach = min(reach, round((transform.high - transform.low) / transform.bin))  # there are no more levels
-        offsets = transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
+        low, high = self.transform.low, self.transform.high
+        reach = math.ceil(REACH * float(self.sigma / self.alpha / self.transform.model_bin.min())) + 1
+        if low is not None and high is not None:
+            reach = min(reach, round((high - low) / self.transform.bin))  # there are no more levels
+        offsets = self.transform.bin * torch.arange(-reach, reach + 1, device=z.device, dtype=torch.float64)
         rows = max(1, LARGEST_TABLE // (z[0].numel() * len(offsets)))
         parts = zip(z.split(rows), x.split(rows), x0.split(rows), strict=True)
         return torch.cat([self._decoded(*part, offsets) for part in parts])

@@ -10,8 +10,7 @@ from torch import Tensor
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import ModelTarget, in_batches, reference_gaussian
 from torchcdm.errors import UserError
-from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.restricted import log_q
+from torchcdm.likelihood.restricted import MeasuredStep, log_q
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.units import LogLikelihood
@@ -82,9 +81,8 @@ def elbo(
         if transform.bin is None:
             reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)
         else:
-            cells = noisy_cells(transform, schedule, level)
-            decoded = cells.log_q(x_t, batch.x) - cells.log_decoder(x_t, batch.x, mean)
-            reconstruction = decoded.flatten(1).sum(1) - log_q(schedule, batch.noise("chain", 0), level)
+            nats = MeasuredStep(level).code_length(batch, x_t, mean)
+            reconstruction = nats - log_q(schedule, batch.noise("chain", 0), level)
         return tuple(part.cpu() for part in (prior, diffusion, reconstruction, change))
 
     prior, diffusion, reconstruction, change = in_batches(denoiser, x, terms, scoring.batch_size)

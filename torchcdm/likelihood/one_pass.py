@@ -10,8 +10,8 @@ from torch import Tensor
 
 from torchcdm.annealing.target import in_batches
 from torchcdm.diffusion.prediction import Prediction
-from torchcdm.likelihood.cells import noisy_cells
-from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
+from torchcdm.likelihood.restricted import MeasuredStep
+from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, dithered
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
@@ -40,7 +40,8 @@ def single_pass(
     def one(rows: slice, seed: int) -> Tensor:
         batch = ScoredBatch(model, x, y, rows, seed)
         if level == 0:
-            x_0 = batch.dithered() if dither else batch.x.to(working_dtype(model, torch.float64))
+            x_0 = batch.x.to(working_dtype(model, torch.float64))
+            x_0 = dithered(transform, batch.x, seed, rows.start) if dither else x_0
             return model.log_prob(x_0, y=batch.y).cpu()
         _, log_prob, offset = score_noisy(model, batch, level)
         return (log_prob[:, level] + offset).cpu()
@@ -69,6 +70,5 @@ def score_noisy(model: Denoiser, batch: ScoredBatch, level: int) -> tuple[Tensor
         eps, log_prob = found.eps, found.log_prob_levels
     if transform.bin is None:
         return z, log_prob, transform.dim * float(schedule.alpha[level].log()) + change
-    cells = noisy_cells(transform, schedule, level)
-    decoded = cells.log_decoder(z, batch.x, Prediction(z, *schedule.at(level, z), eps).x0)
-    return z, log_prob, (decoded - cells.log_q(z, batch.x)).flatten(1).sum(1) + change
+    x_0 = Prediction(z, *schedule.at(level, z), eps).x0
+    return z, log_prob, change - MeasuredStep(level).code_length(batch, z, x_0)

@@ -122,10 +122,6 @@ class ScoredBatch:
         drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
         return drawn.to(self.x.device)
 
-    def dithered(self) -> Tensor:
-        """:func:`dithered` samples."""
-        return dithered(self.transform, self.x, self.seed, self.rows.start)
-
     def clean(self) -> tuple[Tensor, Tensor]:
         """x_0 as a noisy level sees it, and what makes its log density one in data units.
 
@@ -133,7 +129,7 @@ class ScoredBatch:
         add, (B,): code lengths need no change of units, but as densities they are given less the log bin.
         """
         if self.transform.bin is None:
-            noisy = self.dithered()
+            noisy = dithered(self.transform, self.x, self.seed, self.rows.start)
             z = self.transform(noisy)
             far = (z.abs() > LARGEST).flatten(1).any(1)
             if far.any():

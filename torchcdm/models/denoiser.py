@@ -171,6 +171,17 @@ class DenoisingDiffusion(Denoiser):
         return eps if self.base is None else eps + self.base.eps(x_t, t)
 
 
+class Unnormalised(Denoiser):
+    """A path of densities of which ``at_level`` tells log gamma_t, (B,), and -sigma_t times its gradient."""
+
+    composed = True
+
+    def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
+        self.check_inputs(x_t, t, y)
+        levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
+
+
 @final
 class GuidedDenoiser(Denoiser):
     """A class-conditional ``model``, trained with dropped labels, pushed towards its class by a ``weight`` w.
@@ -221,20 +232,6 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             weight.requires_grad_()
         for part in training:
             part.training = True
-
-
-@contextmanager
-def full_float32(device: str) -> Iterator[None]:
-    """No autocast and no :func:`short_products` meanwhile; PyTorch's settings are as before afterwards."""
-    settings = short_products(device)
-    for set_to, _, full in settings:
-        set_to(full)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for set_to, before, _ in settings:
-            set_to(before)
 
 
 def short_products(device: str) -> list[tuple[Callable[[Any], Any], Any, Any]]:
