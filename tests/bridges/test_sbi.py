@@ -75,6 +75,14 @@ def test_diagnostics_pass_what_is_calibrated_and_catch_what_is_not(estimator):
     assert (check_sbc(wrong, theta, draws, 100)["ks_pvals"] < 1e-4).all()
 
 
+@pytest.mark.parametrize("n", [2, 5, 40])
+def test_no_stranger_keeps_its_own_x_and_all_are_there(n):
+    theta, x = np.arange(n)[:, None], np.arange(n) + 0.5
+    pairs, strangers = pairs_and_strangers(theta, x, seed=1)
+    assert (pairs[:, 1] == pairs[:, 0] + 0.5).all() and (strangers[:, 1] != strangers[:, 0] + 0.5).all()
+    assert (np.sort(strangers, 0) == pairs).all()
+
+
 def test_slice_sampling_of_the_ratio_gives_the_posterior():
     theta, x = simulate(2000, 3)
     ratio = DensityRatio(random_state=0, steps=200, device="cpu").fit(*pairs_and_strangers(theta, x))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal
@@ -104,10 +105,17 @@ def test_bad_compositions_are_one_line():
     scaled = exact(transform=DataTransform((2,), scale=3.0))
     wide = exact(GaussianMixture(torch.ones(1), torch.zeros(1, 3), torch.ones(1)))
     plain = DenoisingDiffusion(torch.nn.Identity(), SCHEDULE)
+    bare = ClassificationDiffusion(ZeroBackbone(14), SCHEDULE)
+
+    def line(shift, scale):
+        return ClassificationDiffusion(ZeroBackbone(14), SCHEDULE, DataTransform((1,), shift, scale))
+
     for build, message in [
         (lambda: compose.all_of([model, far]), r"schedules differ \(LogSNR.*, T = 12 and Uniform.*, T = 12\)"),
         (lambda: compose.all_of([model, wide]), "shapes"),
         (lambda: compose.any_of([model, scaled]), "transforms differ"),
+        (lambda: compose.any_of([line(0.0, 1.0), line(9.0, 10.0)]), "transforms differ"),  # which agree at -1
+        (lambda: compose.any_of([model, bare]), r"shapes \(2,\) and None"),
         (lambda: compose.any_of([model, plain]), "needs a density"),
         (lambda: compose.all_of(model, [0, 2]), "label 2 is out of range"),
         (lambda: compose.all_of(model, [0, 0]), "name one twice"),
@@ -116,6 +124,10 @@ def test_bad_compositions_are_one_line():
         (lambda: compose.all_of(model, model), "a list of models alone"),
         (lambda: compose.any_of(model, 1), "one model and a list of classes"),
         (lambda: compose.none_of(model, 1), "one model and a list of classes"),
+        (lambda: compose.all_of(model, np.int64(1)), "one model and a list of classes"),
+        (lambda: compose.none_of(model, np.int64(1)), "one model and a list of classes"),
+        (lambda: compose.any_of(model, [0, 1], weights=["x", 1]), "weights: not an array of numbers"),
+        (lambda: compose.any_of(model, [0, 1], weights=1.0), "give 2 numbers"),
         (lambda: compose.none_of(model, model), "a list of models alone"),
         (lambda: compose.all_of(model), "no classes"),
         (lambda: compose.all_of([]), "list of models"),

@@ -91,6 +91,13 @@ def test_replica_exchange_has_them_too():
     assert found.x.shape == (200, 2)
 
 
+def test_one_sweep_is_four_whose_samples_are_there():
+    model = exact(FAR)
+    assert compose.sample(model, 30, particles=8, sweeps=1).shape == (30, 2)
+    with pytest.raises(UserError, match="33 samples of 8 particles"):
+        compose.sample(model, 33, particles=8, sweeps=1)
+
+
 def test_columns_of_replica_exchange_do_not_share_ancestors():
     """The share of a mode deviates by no more than that of so many independent draws."""
     means = torch.zeros(2, 16)
@@ -169,6 +176,7 @@ def test_particles_take_as_long_steps_as_their_weights_allow():
     ({"particles": 64, "spacing": "even"}, "leave sampler, steps, guidance and spacing out"),
     ({"particles": 4}, "at least as many particles"),
     ({"sweeps": 9}, "give particles too"),
+    ({"particles": 8, "shape": (3,)}, r"the shape is \(3,\); this model's samples are \(2,\)"),
     ({"particles": 64, "sampler": "dpm++"}, "leave sampler"),
     ({"corrector": -1}, "corrector is -1"),
     ({"corrector": 2, "guidance": 1.0}, "guidance needs"),

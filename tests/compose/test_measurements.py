@@ -63,6 +63,8 @@ def test_measurements_of_images():
 @pytest.mark.parametrize("y, std, message", [
     (torch.zeros(2), 0.5, "a sample measures as"),
     (torch.zeros(1), 1e-4, "give at least as much"),
+    ([1.0, 2.0], 0.5, "a sample measures as"),
+    (["x"], 0.5, "posterior: y: not an array of numbers"),
 ])  # fmt: skip
 def test_measurements_that_are_refused(y, std, message):
     with pytest.raises(UserError, match=message):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from numbers import Integral
 from typing import Annotated, final
 
 import torch
@@ -27,7 +28,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, Unnormalised
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_labels
+from torchcdm.models.inputs import as_labels, as_tensor
 from torchcdm.runtime.validation import Float, checked
 
 Experts = Sequence[tuple[DensityModel, int | None]]
@@ -163,10 +164,10 @@ def any_of(model: Model, classes: Sequence[int] | None = None, weights: Sequence
     experts = _experts(model, classes)
     first, pi = experts[0][0], torch.ones(len(experts), dtype=torch.float64)
     if weights is not None:
-        pi = torch.tensor(list(map(float, weights)), dtype=torch.float64)
+        pi = as_tensor(weights, "compose: weights", torch.device("cpu")).double()
     elif classes is not None and first.joint:
         pi = first.log_class_prior.exp().cpu().double()[[y for _, y in experts]]
-    if len(pi) != len(experts) or not (pi >= 0).all() or not 0 < float(pi.sum()) < math.inf:
+    if pi.shape != (len(experts),) or not (pi >= 0).all() or not 0 < float(pi.sum()) < math.inf:
         raise UserError(f"compose: weights are {weights}; give {len(experts)} numbers, none below 0")
     return Combination(experts, pi / pi.sum(), mixture=True)
 
@@ -184,7 +185,7 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
         what: Classes of the model, or models, to keep away from.
         kappa: Strength of the repulsion, above 0; 1 for models when None.
     """
-    of_models = not isinstance(what, int | nn.Module) and any(isinstance(one, nn.Module) for one in what)
+    of_models = not isinstance(what, Integral | nn.Module) and any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)
     if kappa is None and not of_models:
         left = [y for y in range(away[0][0].classes or 0) if y not in what]
@@ -214,7 +215,7 @@ def _narrowed(model: DensityModel, share: float) -> GaussianMarginals:
 
 def _experts(model: Model, classes: Sequence[int] | None) -> Experts:
     several = not isinstance(model, nn.Module)
-    if isinstance(classes, int | nn.Module) or (several and (not model or classes is not None)):
+    if isinstance(classes, Integral | nn.Module) or (several and (not model or classes is not None)):
         raise UserError("compose: give one model and a list of classes, or a list of models alone")
     if several:
         return [(require_density(one, "compose"), None) for one in model]
@@ -238,8 +239,9 @@ def _require_same(one: DensityModel, other: DensityModel) -> None:
         raise UserError(f"compose: the models' schedules differ ({named}); densities meet level by level")
     if one.shape != other.shape:
         raise UserError(f"compose: the models' samples have shapes {one.shape} and {other.shape}")
-    if one.transform is not None and other.transform is not None and one.shape is not None:
-        z = torch.linspace(-1, 1, math.prod(one.shape), dtype=torch.float64).reshape(1, *one.shape)
+    if one.shape is not None:
+        # Two points of each dimension: at one of them lines of different slopes may meet.
+        z = torch.linspace(-1, 1, 2 * math.prod(one.shape), dtype=torch.float64).reshape(2, *one.shape)
         x, y = (model.transform.inverse(z.to(model.schedule.alpha.device)).cpu() for model in (one, other))
         if not torch.allclose(x, y, rtol=1e-6):
             raise UserError("compose: the models' data transforms differ; train them on the same scale of the data")

@@ -73,8 +73,7 @@ class Draws:
         """Mean of the weighted particles, or of the samples where there are none, (*shape), not rounded."""
         if self.particles is None:
             return self._numbers().mean(0).float()
-        flat = self.log_weights.exp() @ self.particles.double().flatten(1)
-        return flat.reshape(self.particles.shape[1:]).float()
+        return torch.tensordot(self.log_weights.exp(), self.particles.double(), 1).float()
 
     def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
         """Lower and upper ends, (*shape) each, number by number, between two samples in their order.
@@ -151,6 +150,8 @@ def sample(
     """
     if corrector is None:
         corrector = int(bool(particles or (model.composed and sampler is None)))
+    if shape and model.shape not in (None, shape):
+        raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     if sweeps and not particles:
         raise UserError("sweeps is for particles: give particles too, which are its columns")
     if particles:
@@ -162,8 +163,6 @@ def sample(
     shape = shape or model.shape
     if not shape:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
-    if model.shape not in (None, shape):
-        raise UserError(f"the shape is {shape}; this model's samples are {model.shape}")
     rule = make_sampler(sampler or (WITH_MOVES if corrector else OF_VECTORS if len(shape) == 1 else SAMPLER))
     steps = min(STEPS, model.schedule.T) if steps is None else steps
     labels = asked = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
@@ -296,6 +295,7 @@ def _by_particles(
     progress: bool,
 ) -> Draws:  # fmt: skip
     """Samples by sequential Monte Carlo, and by replica exchange started from it."""
+    sweeps = max(sweeps, 4) if sweeps else 0
     if particles * max(sweeps, 1) < n:
         raise UserError(f"{n} samples of {particles} particles: give at least as many particles as samples")
     model, generator = target.model, stream(seed, "particles")
@@ -306,8 +306,7 @@ def _by_particles(
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
-            run, sweeps = Replicas(target, kernels, rungs, generator, moves), max(sweeps, 4)
-            trace = run.go_on(sweeps, -(-sweeps // 4), progress)
+            trace = Replicas(target, kernels, rungs, generator, moves).go_on(sweeps, -(-sweeps // 4), progress)
             x = trace.x.flatten(0, 1)
             if len(x) < n:
                 raise UserError(f"replica exchange of so many numbers keeps {len(x)} samples; ask for no more")

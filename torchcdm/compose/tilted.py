@@ -74,9 +74,9 @@ class Tilted(Unnormalised):
 
         Of ``x_t`` in the network's precision at levels ``t`` 1 ... T, long (B,); there are no classes to guide to.
         """
-        found = self.model.evaluate(x_t, t, check=False)
+        log_p, eps, _ = self.model.at_level(x_t, t, None, 0.0)
         with torch.enable_grad():
-            x0 = Prediction(x_t, *self.schedule.at(t, x_t), found.eps).x0.detach().double().requires_grad_()
+            x0 = Prediction(x_t, *self.schedule.at(t, x_t), eps).x0.detach().double().requires_grad_()
             log_known, pull = self.known(x0, t), None
             if log_known.requires_grad:
                 (pull,) = torch.autograd.grad(log_known.sum(), x0, allow_unused=True)
@@ -84,9 +84,8 @@ class Tilted(Unnormalised):
         pull = torch.zeros_like(x0) if pull is None else pull.nan_to_num(0, 0, 0)
         rotation = self.reference.rotation
         pull = rotation.inverse(rotation(pull) * self.slope.to(pull.device)[t - 1])
-        log_p = found.log_prob_levels.gather(1, t[:, None])[:, 0]
         log_gamma = (log_p + log_known.double()).detach().nan_to_num(-math.inf, math.inf, -math.inf)
-        return log_gamma, found.eps.detach().double() - self.schedule.at(t, x_t)[1].double() * pull
+        return log_gamma, eps.detach() - self.schedule.at(t, x_t)[1].double() * pull
 
     def differentiable_eps(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Tensor:
         raise UserError("flow: the noise of a tilted density has no derivative; ask for the method elbo alone")
@@ -164,7 +163,7 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
     """
     dense = require_density(model, "a posterior")
     reference, schedule, of = reference_gaussian(dense), dense.schedule, of_data(dense, lambda x: x)
-    y = as_numbers(y[None], schedule.alpha.device).double()[0]
+    y = as_numbers(as_tensor(y, "posterior: y", schedule.alpha.device)[None], schedule.alpha.device).double()[0]
     mean = reference.mean.to(y.device)
     found = measurement(of(mean[None]))
     if found.shape[1:] != y.shape:

@@ -194,7 +194,6 @@ def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring 
         step = MeasuredStep.of(t, batch.x[:n], x_0[:n], denoised[:n], model.transform)
         best = replace(step, table=None)
         if t in (levels[0], levels[-1]):  # no other one decodes
-            length = [float(way.code_length(held, z[n:], denoised[n:]).mean()) for way in (best, step)]
-            best = step if length[1] < length[0] else best
+            best = min(best, step, key=lambda way, z=z, x=denoised: float(way.code_length(held, z[n:], x[n:]).mean()))
         steps.append(best)
     return steps
