@@ -88,6 +88,14 @@ def test_a_distribution_of_pytorch():
     assert torch.autograd.grad(p.log_prob(x).sum(), x)[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (2, 6), (3, 1)])
+def test_a_distribution_refuses_values_of_another_shape(shape):
+    p = labelled().distribution()
+    assert p.log_prob(torch.zeros(3)).shape == () and p.log_prob(torch.zeros(2, 5, 3)).shape == (2, 5)
+    with pytest.raises(UserError, match="inputs have shape"):
+        p.log_prob(torch.zeros(shape))
+
+
 def test_a_distribution_given_the_class():
     x, y = points(), torch.arange(200) % 3
     model = torchcdm.fit(x, y, backbone=WithClasses(3, joint=True), model={"schedule": {"T": 30}}, **TINY)

@@ -63,6 +63,8 @@ def test_measurements_of_images():
 @pytest.mark.parametrize("y, std, message", [
     (torch.zeros(2), 0.5, "a sample measures as"),
     (torch.zeros(1), 1e-4, "give at least as much"),
+    (torch.zeros(1), math.nan, "noise_std is nan"),
+    (torch.zeros(1), math.inf, "noise_std is inf"),
     ([1.0, 2.0], 0.5, "a sample measures as"),
     (["x"], 0.5, "posterior: y: not an array of numbers"),
 ])  # fmt: skip

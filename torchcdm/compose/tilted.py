@@ -180,7 +180,7 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
         matrices = matrices[:1]
     bent = (matrices * slopes.double().flatten(1)[:, None]).square().sum(2)
     least = float(schedule.ratio[1]) * float(bent.mean(0).max().sqrt())
-    if noise_std is not None and noise_std < least:
+    if noise_std is not None and not least <= noise_std < math.inf:
         has = f"the model's first level has {least:.3g} in the units of y"
         raise UserError(f"posterior: noise_std is {noise_std:g}; {has}: give at least as much")
     return Tilted(dense, _gaussian(measurement, of, y.flatten(), matrices, reference, noise_std, least))

@@ -223,8 +223,8 @@ class ModelDistribution(Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Nats in data units, float64 (*batch,), from values (*batch, *event_shape): one pass; differentiable."""
-        batch = value.shape[: value.ndim - len(self.event_shape)]
-        x = value.reshape(-1, *self.event_shape)
+        batch = value.shape[: max(0, value.ndim - len(self.event_shape))]
+        x = value.reshape(-1, *value.shape[len(batch) :])  # another shape than the events' is refused by name
         y = None if self.y is None else self.y.expand(len(x), *self.y.shape[1:])
         return self.model.log_prob(x, y=y).reshape(batch)
 
