@@ -96,6 +96,14 @@ def test_a_distribution_refuses_values_of_another_shape(shape):
         p.log_prob(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("mass", [90, -0.1, float("nan")])
+def test_an_interval_has_a_share_of_the_mass(mass):
+    drawn = labelled().sample(4, steps=2, details=True)
+    assert (drawn.interval(0.5)[0] <= drawn.interval(0.5)[1]).all()
+    with pytest.raises(UserError, match="Draws: mass is"):
+        drawn.interval(mass)
+
+
 def test_a_distribution_given_the_class():
     x, y = points(), torch.arange(200) % 3
     model = torchcdm.fit(x, y, backbone=WithClasses(3, joint=True), model={"schedule": {"T": 30}}, **TINY)

@@ -125,7 +125,8 @@ def test_a_pipeline_made_by_hand_has_the_levels_of_its_model() -> None:
 
 def test_arguments_of_a_call_are_checked() -> None:
     pipeline = CDMPipeline.of(images(LogSNRSchedule(40)))
-    for wrong in ({"batch_size": 0}, {"batch_size": 1.5}, {"num_inference_steps": 0}, {"output_type": "latent"}):
+    steps = {"num_inference_steps": 0}, {"num_inference_steps": 41}
+    for wrong in ({"batch_size": 0}, {"batch_size": 1.5}, *steps, {"output_type": "latent"}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} is"):
             pipeline(**wrong)
 

@@ -60,6 +60,12 @@ def test_measurements_of_images():
             compose.mask(wrong)(images)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 8, 3), (2, 1, 3, 8)])
+def test_squares_that_do_not_fit_are_refused(shape):
+    with pytest.raises(UserError, match="squares of 4 pixels do not fit"):
+        compose.downsampling(4)(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("y, std, message", [
     (torch.zeros(2), 0.5, "a sample measures as"),
     (torch.zeros(1), 1e-4, "give at least as much"),

@@ -185,6 +185,7 @@ def test_head_channels_and_direction_of_the_unet():
     (lambda: Encoder(1, 8, LEVELS, energy_maps=-2), "energy_maps is -2; it must be at least 1"),
     (lambda: Encoder(1, 8, LEVELS, multipliers=[1, "x"]), r"multipliers\[1\] is 'x'; it must be a valid integer"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
+    (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="data", classes=3, joint=True), "leave direction out"),
     (lambda: make_head(4, 2, None, joint=False), "levels is 2; it must be at least 3"),
 ])  # fmt: skip
 def test_mistakes_are_named(call, message):

@@ -109,6 +109,8 @@ class CDMPipeline(DiffusionPipeline):
         (batch, H, W, C) in [0, 1], continuous ones from least to largest value; ``pt`` (batch, *shape), data units.
         """
         model = self.unet.model
+        if num_inference_steps > model.schedule.T:
+            raise UserError(f"num_inference_steps is {num_inference_steps}; it is at most T, {model.schedule.T}")
         device, dtype = model.schedule.alpha.device, working_dtype(model, torch.float32)
         noise = randn_tensor((batch_size, *model.shape), generator=generator, device=device, dtype=dtype)
         alpha, sigma = (float(part[-2]) for part in (model.schedule.alpha, model.schedule.sigma))

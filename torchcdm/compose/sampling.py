@@ -30,7 +30,7 @@ from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, share
-from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, checked
+from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
 STEPS, SAMPLER, OF_VECTORS, WITH_MOVES = 25, "sa2", "dpm++", "ddpm"
@@ -75,7 +75,8 @@ class Draws:
             return self._numbers().mean(0).float()
         return torch.tensordot(self.log_weights.exp(), self.particles.double(), 1).float()
 
-    def interval(self, mass: float = 0.9) -> tuple[Tensor, Tensor]:
+    @checked
+    def interval(self, mass: Share = 0.9) -> tuple[Tensor, Tensor]:
         """Lower and upper ends, (*shape) each, number by number, between two samples in their order.
 
         Another draw lies within as often as ``mass`` says: the k-th of n has k / (n + 1) of the mass below it.

@@ -266,4 +266,10 @@ def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Map:
 @checked
 def downsampling(factor: Count) -> Map:
     """Images (B, C, H, W) averaged over squares of ``factor`` pixels."""
-    return lambda x: nn.functional.avg_pool2d(x, factor)
+
+    def measure(x: Tensor) -> Tensor:
+        if x.ndim != 4 or factor > min(x.shape[2:]):
+            raise UserError(f"downsampling: squares of {factor} pixels do not fit into samples {tuple(x.shape[1:])}")
+        return nn.functional.avg_pool2d(x, factor)
+
+    return measure

@@ -9,6 +9,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor, nn
 
+from torchcdm.errors import UserError
 from torchcdm.networks import blocks as parts
 from torchcdm.networks.blocks import ImageNetwork, ImageSize, LabelEmbedding, two_layers
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
@@ -96,6 +97,8 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
         direction: Literal["data", "noise"] = "noise", groups: Width = 32,
     ) -> None:  # fmt: skip
         super().__init__()
+        if joint and direction == "data":
+            raise UserError("network: a joint head accumulates from the noise end; leave direction out, or joint")
         self.classes, self.joint = classes, joint
         width = 4 * channels if classes is not None and not joint else None
         self.label = None if width is None else LabelEmbedding(classes, channels)
