@@ -60,10 +60,10 @@ WATCHED_ROWS = 2000
 """Noisy copies of validation rows that early stopping sees at least."""
 
 LARGEST_BATCH = 2**17
+"""Rows in a step, at most: all of them are in memory at once."""
 
 UNUSED = ("data", "sampling", "report", "train.seed")
 """Fields without effect on an estimator, which has parameters for some of them."""
-"""Rows in a step, at most: all of them are in memory at once."""
 
 Likelihood = Literal["one-pass", "flow"]
 
