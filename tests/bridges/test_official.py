@@ -65,7 +65,6 @@ def test_a_checkpoint_of_celeba_has_the_size_of_its_images(tmp_path):
     ({"head_channels": 512}, r"conv_out.weight is \(64, .*; channels, multipliers, blocks, attention, head_channels"),
     ({"levels": 1002}, r"head.linear.weight is \(12, 64\) in the file, \(1002, 64\)"),
     ({"in_channels": 3}, r"conv_in.weight is \(32, 1, 3, 3\) in the file, \(32, 3, 3, 3\)"),
-    ({"classes": 10, "joint": True}, "head.common.linear.weight is missing"),
 ])  # fmt: skip
 def test_a_configuration_that_is_not_the_files_is_named(tmp_path, change, message):
     write_checkpoint(tmp_path / "model.pt")

@@ -136,7 +136,7 @@ def test_keys_that_are_missing_or_foreign(run):
     folder = state_of(run)
     for path, read, where in ((run / "config.json", load, run), (folder / "progress.json", load_state, folder)):
         text = path.read_text()
-        optional = {"sha256", "torchcdm", "class_names", "columns", "constants", "estimator"}
+        optional = {"sha256", "torchcdm", "class_names", "columns", "constants", "estimator", "fingerprint"}
         for key in json.loads(text).keys() - optional:
             resealed(path, lambda content, key=key: content.pop(key))
             refused(lambda read=read, where=where: read(where), path.name)
