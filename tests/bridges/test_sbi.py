@@ -81,6 +81,8 @@ def test_no_stranger_keeps_its_own_x_and_all_are_there(n):
     pairs, strangers = pairs_and_strangers(theta, x, seed=1)
     assert (pairs[:, 1] == pairs[:, 0] + 0.5).all() and (strangers[:, 1] != strangers[:, 0] + 0.5).all()
     assert (np.sort(strangers, 0) == pairs).all()
+    with pytest.raises(UserError, match=f"{n} rows of theta, 1 of x; give as many, at least two"):
+        pairs_and_strangers(theta, x[:1])
 
 
 def test_slice_sampling_of_the_ratio_gives_the_posterior():

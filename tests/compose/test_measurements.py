@@ -64,6 +64,8 @@ def test_measurements_of_images():
 def test_squares_that_do_not_fit_are_refused(shape):
     with pytest.raises(UserError, match="squares of 4 pixels do not fit"):
         compose.downsampling(4)(torch.zeros(shape))
+    with pytest.raises(UserError, match=r"blur: samples of shape \(3,\) are no images"):
+        compose.blur(1.0)(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("y, std, message", [

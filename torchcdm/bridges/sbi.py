@@ -87,6 +87,8 @@ class SbiRatio(RatioEstimator):
 def pairs_and_strangers(theta: Any, x: Any, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows (theta, x) that belong together, and rows whose x is that of another theta: numerator and denominator."""
     theta, x = (np.asarray(part, np.float64).reshape(len(part), -1) for part in (theta, x))
+    if not 1 < len(theta) == len(x):
+        raise UserError(f"pairs_and_strangers: {len(theta)} rows of theta, {len(x)} of x; give as many, at least two")
     order = permutation(len(x), seed).numpy()  # each takes the x of the one before: none keeps its own
     return np.concatenate([theta, x], 1), np.concatenate([theta[order], x[np.roll(order, 1)]], 1)
 

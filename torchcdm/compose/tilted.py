@@ -256,6 +256,8 @@ def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Map:
     kernel = (-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / std) ** 2).softmax(0)
 
     def measure(x: Tensor) -> Tensor:
+        if x.ndim != 4:
+            raise UserError(f"blur: samples of shape {tuple(x.shape[1:])} are no images (C, H, W)")
         k = kernel.to(x).repeat(x.shape[1], 1)
         x = nn.functional.conv2d(x, k[:, None, :, None], padding=(reach, 0), groups=x.shape[1])
         return nn.functional.conv2d(x, k[:, None, None], padding=(0, reach), groups=x.shape[1])
