@@ -136,7 +136,7 @@ def precisions():
 
 def meanwhile(read, device, monkeypatch):
     """What ``read`` gives while likelihoods are computed, with the settings of a ``device`` that need not be there."""
-    monkeypatch.setattr("torchcdm.annealing.target.short_products", lambda _: losses.short_products(device))
+    monkeypatch.setattr("torchcdm.annealing.target.reduced_precision", lambda _: losses.reduced_precision(device))
     (loss, x, _), found = some_loss("images"), []
     assert torch.equal(in_batches(loss.model, x, lambda rows: found.append(read()) or x[rows], len(x)), x)
     return found[0]

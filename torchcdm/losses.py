@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, short_products
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, reduced_precision
 from torchcdm.models.density import Evaluation
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
@@ -268,7 +268,7 @@ def differences_suffice(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return x.dtype == torch.float64 or (x.dtype == torch.float32 and not short_products("cpu"))
+    return x.dtype == torch.float64 or (x.dtype == torch.float32 and not reduced_precision("cpu"))
 
 
 @final

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, short_products, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, reduced_precision, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.processes import Rows, map_rows
@@ -218,10 +218,10 @@ def round_gaussian(schedule: NoiseSchedule, shape: Sequence[int]) -> GaussianMar
 def in_batches(model: Denoiser, x: Tensor, function: Callable[[slice], Rows], batch_size: int | None = None) -> Rows:
     """``function`` of the rows of each batch of ``x`` (N, ...), joined; in evaluation mode, without gradients.
 
-    Without short products and autocast: differences of log p are a few nats of thousands.
+    Without reduced precision and autocast: differences of log p are a few nats of thousands.
     """
     device = model.schedule.alpha.device
-    settings = short_products(device.type)
+    settings = reduced_precision(device.type)
     for set_to, _, full in settings:
         set_to(full)
     try:

@@ -234,7 +234,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def short_products(device: str) -> list[tuple[Callable[[Any], Any], Any, Any]]:
+def reduced_precision(device: str) -> list[tuple[Callable[[Any], Any], Any, Any]]:
     """What lets PyTorch take products of float32 in TF32 or bfloat16, on a kind of device.
 
     Of each setting a function that sets it, its value, and that of full precision. PyTorch refuses to read its older
