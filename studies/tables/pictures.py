@@ -65,17 +65,19 @@ def ratio_of(cdm: Sequence[float], ddm: Sequence[float]) -> str:
 
 
 def quality_of_zoo() -> str:
-    """Fréchet distance and grain of two models of the zoo, by evaluations, sampler and placement of the steps."""
+    """Fréchet distance and grain of two models of the zoo and of a DDM, by evaluations, sampler and steps."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for name in ("digits", "fashion28"):
+    names = ("digits", "fashion28", "fashion28_ddm")
+    for name in names:
         for row in read(f"quality_{name}")["rows"]:
             key = row["evaluations"], row["sampler"], row["spacing"], row["steps"]
             cells.setdefault(key, {})[name] = f"{row['frechet']:.2f} ± {row['frechet_se']:.2f}, {row['grain']:.2f}"
     rows = [
-        [str(evaluations), sampler, f"{steps}, {spacing}", found.get("digits", "–"), found.get("fashion28", "–")]
+        [str(evaluations), sampler, f"{steps}, {spacing}", *(found.get(name, "–") for name in names)]
         for (evaluations, sampler, spacing, steps), found in sorted(cells.items())
     ]
-    return markdown(["evaluations", "sampler", "steps", "zoo:digits", "zoo:fashion-mnist-conditional"], rows)
+    titles = ["zoo:digits", "zoo:fashion-mnist-conditional", "its DDM"]
+    return markdown(["evaluations", "sampler", "steps", *titles], rows)
 
 
 def corrected_sampling() -> str:
