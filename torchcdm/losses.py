@@ -12,9 +12,10 @@ from torch.autograd import Function
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, reduced_precision
+from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
 from torchcdm.models.density import Evaluation
 from torchcdm.models.inputs import as_labels
+from torchcdm.runtime.precision import reduced_precision
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
 
 LARGEST_TIME_STEP = 0.75

@@ -17,9 +17,10 @@ from torch import Generator, Tensor
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, evaluation_mode, reduced_precision, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
+from torchcdm.runtime.precision import reduced_precision
 from torchcdm.runtime.processes import Rows, map_rows
 
 
