@@ -24,8 +24,9 @@ from torchcdm.data.source import CropSplit, DataSource, Grid, LazySplit, MemoryS
 from torchcdm.errors import UserError, nearest
 from torchcdm.random import evenly_spaced, permutation
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
+from torchcdm.units.frames import as_frame, is_frame
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
-from torchcdm.units.table import as_frame, beyond_float32, is_frame
+from torchcdm.units.table import beyond_float32
 
 DEFAULT_FRACTION = 0.1
 """Share of the samples that validation and test each get where the data do not say it themselves."""

@@ -19,8 +19,8 @@ from torchcdm.data.source import DataSource, Grid, MemorySplit, single
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
+from torchcdm.units.frames import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
 from torchcdm.units.lattice import Cells, Discrete, spread
-from torchcdm.units.table import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -18,7 +18,7 @@ from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit, Samples
 from torchcdm.errors import UserError, nearest, needed
 from torchcdm.units import DataTransform, TableEncoding
-from torchcdm.units.table import note_down, noted, without_counter
+from torchcdm.units.frames import note_down, noted, without_counter
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,7 +41,7 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
 def read(path: Path, options: DataOptions, group: int | None = None) -> DataFrame:
     """A table file, by its suffix: cells of text files as texts, empty cells as missing ones.
 
-    What is wrong with its lines is :func:`torchcdm.units.table.noted`, for one message with what is wrong with its
+    What is wrong with its lines is :func:`torchcdm.units.frames.noted`, for one message with what is wrong with its
     cells, and so is what was read off the file. The option ``skip_bad`` leaves out lines with another number of
     cells. Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that
     cannot be read, or two columns of one name.

@@ -40,8 +40,9 @@ from torchcdm.training.config_files import make_config, merge, paths, preset_fie
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
+from torchcdm.units.frames import as_frame, by_place, is_frame, noted, without_counter
 from torchcdm.units.lattice import Discrete, spread
-from torchcdm.units.table import Encoded, as_frame, by_place, is_frame, noted, without_counter
+from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
     from pandas import DataFrame

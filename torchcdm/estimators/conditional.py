@@ -28,8 +28,8 @@ from torchcdm.estimators.density import log_importance_weights
 from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
 from torchcdm.runtime.validation import Count, ProperShare, read_as, shown
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
+from torchcdm.units.frames import is_frame
 from torchcdm.units.lattice import Cells, cell_width, spread
-from torchcdm.units.table import is_frame
 
 REPEATED = 5
 """Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""

@@ -21,8 +21,9 @@ from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
+from torchcdm.units.frames import as_frame, is_frame
 from torchcdm.units.lattice import spread
-from torchcdm.units.table import Encoded, as_frame, is_frame
+from torchcdm.units.table import Encoded
 
 DRAWS = 20_000
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchcdm.diffusion.schedules import readable
 from torchcdm.errors import UserError, reason
 from torchcdm.units import DataTransform
-from torchcdm.units.table import as_frame, is_frame
+from torchcdm.units.frames import as_frame, is_frame
 
 if TYPE_CHECKING:
     from torchcdm.models.denoiser import Denoiser

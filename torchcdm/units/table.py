@@ -14,7 +14,7 @@ and of all other numbers a density in the column's own unit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
 from torchcdm.units.cells import EMPTY, MOSTLY, Kind, Thousands, conventions, kind_of, texts_of, unreadable, values_of
+from torchcdm.units.frames import SHOWN, by_place, listed, note_down, noted, numbers_rows
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ FLOAT32_STEPS = 1000
 
 LARGEST = 1e150
 """Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
-
-SHOWN = 5
-"""Problems, or levels, that a message names."""
 
 
 @validated
@@ -228,7 +226,7 @@ class TableEncoding:
             frame = by_place(frame, [column.name for column in self.columns], name)
         absent = [column for column in self.names if column not in frame.columns]
         if absent:
-            raise UserError(f"{name}: no column {_listed(absent)} (found: {', '.join(frame.columns)})")
+            raise UserError(f"{name}: no column {listed(absent)} (found: {', '.join(frame.columns)})")
         out, odd = np.zeros(len(frame), bool), [[] for _ in range(len(frame))]
         for column in self.columns:
             constant = self.constants.get(column.name)
@@ -272,74 +270,6 @@ class TableEncoding:
             raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
         notes = [f"columns left out because they are constant in training: {', '.join(found)}."] if found else []
         return TableEncoding(self.columns, {**self.constants, **found}), varying, notes
-
-
-def note_down(frame: DataFrame, **facts: Any) -> None:
-    """Keeps what was read off a table with it: its ``name``, ``notes``, and ``problems`` of its lines and cells."""
-    frame.attrs["torchcdm"] = frame.attrs.get("torchcdm", {}) | facts
-
-
-def noted(frame: Any, fact: str, default: Any = ()) -> Any:
-    """What :func:`note_down` kept; other ``attrs`` are the user's own."""
-    return getattr(frame, "attrs", {}).get("torchcdm", {}).get(fact, default)
-
-
-def is_frame(data: Any) -> bool:
-    """Whether these are columns of a data frame, or one of them, a series; :func:`as_frame` refuses lazy ones."""
-    return hasattr(data, "collect") or hasattr(data, "columns") and hasattr(data, "shape") or hasattr(data, "to_frame")
-
-
-def as_frame(data: Any) -> DataFrame:
-    """A data frame of pandas, polars or pyarrow as one of pandas with texts as names, UserError where two are alike; a
-    Series becomes one column."""
-    import pandas as pd
-
-    if hasattr(data, "collect"):
-        raise UserError(f"a {type(data).__name__} holds no rows yet; call its .collect(), and give what that returns")
-    data = data if hasattr(data, "to_numpy") else data.to_pandas()
-    if not hasattr(data, "columns"):
-        data = data.to_frame(name="value" if data.name is None else data.name)
-    if not hasattr(data, "set_axis"):
-        data = pd.DataFrame({label: data[label].to_numpy() for label in data.columns})
-    data = data.set_axis([str(label) for label in data.columns], axis=1)
-    if not data.columns.is_unique:
-        double = data.columns[data.columns.duplicated()].unique()
-        raise UserError(f"two columns are called {_listed(double)}; column names must differ")
-    return data
-
-
-def without_counter(frame: DataFrame) -> DataFrame:
-    """A table to learn from without a first column that has no name, or the one that pandas gives such a column, and
-    another whole number in each row: what ``to_csv`` writes as the index. It is :func:`noted`."""
-    counter = frame.columns[:1].isin(("", "Unnamed: 0")).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
-    if counter and _numbers_rows(values_of(cells, "number")[0]):
-        note = "the first column has no name and counts the rows: left out."
-        frame = frame.iloc[:, 1:]
-        note_down(frame, notes=[*noted(frame, "notes"), note])
-    return frame
-
-
-def unnamed(columns: Sequence[str]) -> bool:
-    """Whether columns have the names of those that have none: 0, 1, ... of arrays, c0, c1, ... of files."""
-    return list(columns) in [[f"{letter}{k}" for k in range(len(columns))] for letter in ("", "c")]
-
-
-def check_numbers(frame: DataFrame, name: str) -> None:
-    """UserError, with its ``name``, for a table that cannot go by place, as it holds more than plain numbers."""
-    if frame.isna().any(axis=None) or any(dtype.kind not in "iuf" for dtype in frame.dtypes):
-        raise UserError(f"{name}: cells that are no numbers cannot go by place; give the columns of both sides names")
-
-
-def by_place(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
-    """The table with ``columns`` as its names, where these or its own are :func:`unnamed`; as it is else. UserError,
-    with its ``name``, for another number of columns; its own names need :func:`check_numbers`."""
-    if not unnamed(frame.columns) and not unnamed(columns):
-        return frame
-    if not unnamed(frame.columns):
-        check_numbers(frame, name)
-    if len(frame.columns) != len(columns):
-        raise UserError(f"{name}: {len(frame.columns)} column(s); {len(columns)} are needed where they go by place")
-    return frame.set_axis(list(columns), axis=1)
 
 
 def beyond_float32(x: np.ndarray) -> bool:
@@ -419,18 +349,13 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
     # Of as many whole numbers at random, ten pairs or more would be equal.
-    if not is_date and len(x) ** 2 > 20 * (np.ptp(x) + 1) and _numbers_rows(x):
+    if not is_date and len(x) ** 2 > 20 * (np.ptp(x) + 1) and numbers_rows(x):
         notes.append("holds a different whole number in every row: if it is an id, drop it")
     # Decimal texts are rounded to float64 twice: once as they were read, and once here.
     close, exact = 1e-12 * deviation * varies, 2 * np.finfo(float).eps
     decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, exact, close)), None)
     found = {"values": few or tuple(frequent), "mixed": not few, "missing": missing, "cell": cell}
     return replace(column, **found, least=float(x.min()), offset=offset, decimals=decimals), notes
-
-
-def _numbers_rows(x: np.ndarray) -> bool:
-    """Whether numbers (N,) are whole, and another one in each row."""
-    return bool((x % 1 == 0).all()) and len(np.unique(x)) == len(x)
 
 
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
@@ -445,7 +370,3 @@ def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
         what = f"holds '{text:.60}', not a {needed.get(column.kind, 'text or a number')}"
     more = f" ({int(wrong.sum())} such cells)" if wrong.sum() > 1 else ""
     return f"column '{column.name}', {cells.index.name or 'row'} {cells.index[at]} {what}{more}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
