@@ -43,7 +43,8 @@ def stratified_levels(n: int, count: int, generator: torch.Generator | None = No
 class Loss(nn.Module, ABC):
     """What the training loop asks of a loss, which replaces a share ``label_dropout`` of labels by the null label."""
 
-    def __init__(self, model: Denoiser, label_dropout: float = 0.0) -> None:
+    @checked
+    def __init__(self, model: Denoiser, label_dropout: Share = 0.1) -> None:
         super().__init__()
         self.model, self.label_dropout = model, label_dropout
 
@@ -277,10 +278,6 @@ class DDMLoss(Loss):
     """Squared error of the noise at a random level: L_simple of arXiv 2006.11239; arguments as in :class:`Loss`."""
 
     model: DenoisingDiffusion
-
-    @checked
-    def __init__(self, model: DenoisingDiffusion, label_dropout: Share = 0.1) -> None:
-        super().__init__(model, label_dropout)
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""

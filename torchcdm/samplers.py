@@ -1,7 +1,6 @@
 r"""Samplers: rules that take x_t at level t to x_s at a lower level s; and levels that suit a model.
 
-All follow from the coordinates in which the probability flow of every schedule is the same equation
-(identity 6 of ``docs/method.md``),
+All follow from coordinates in which the flow of every schedule is one equation (identity 6 of ``docs/method.md``),
 
 .. math:: u = x / \alpha, \qquad r = \sigma / \alpha, \qquad du / dr = E[\epsilon | x],
 
@@ -78,8 +77,7 @@ class Sampler(ABC):
     def step(self, step: Step) -> tuple[Tensor, tuple[Visited, ...]]:
         """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use.
 
-        Raises:
-            UserError: No noise for a sampler that adds some.
+        UserError where there is no noise for a sampler that adds some.
         """
         if step.s and self.stochastic and step.noise is None:
             raise UserError("this sampler adds noise at every step; give the step its noise")

@@ -105,6 +105,12 @@ def test_resampling_keeps_the_mean_of_the_estimate():
     assert float(ratio.std()) < 0.4
 
 
+def test_intervals_of_few_populations_are_students():
+    estimates = (1 + 0.1 * normal(2000, 3)).log()
+    found = [LogZ.of_weights(three, "three populations", 1, 2) for three in estimates]
+    assert sum(z.low < 0 < z.high for z in found) / 2000 == pytest.approx(0.95, abs=0.015)
+
+
 def test_weighted_particles_are_those_of_the_normalised_density():
     schedule = CosineSchedule(30)
     target = ModelTarget(tilted_model(schedule, slope=SLOPE))

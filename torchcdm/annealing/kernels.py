@@ -3,9 +3,8 @@ r"""The kernels between two levels s < t, and the work of a pair of points: the 
 .. math:: q(x_t | x_s) = N(a' x_s, b'^2 I), \qquad r(x_s | x_t) = N(a x_t + b \hat x_0(x_t),\ c^2 I + b^2 V_t)
 
 with the exact kernel :math:`q(x_s|x_t,x_0) = N(a x_t + b x_0, c^2 I)` and :math:`V_t` an estimate of the variance of
-:math:`x_0 - \hat x_0(x_t)`, diagonal in the eigenbasis of the reference Gaussian. With V = 0 r is the plain
-ancestral kernel, whose variance is too small by as much. Any V that was fixed beforehand leaves bounds and estimates
-valid; a good one makes them tight.
+:math:`x_0 - \hat x_0(x_t)`, diagonal in the eigenbasis of the reference Gaussian. With V = 0 r is the ancestral
+kernel, of too small a variance. Any V fixed beforehand leaves bounds and estimates valid; a good one makes them tight.
 
 .. math:: w(x_s, x_t) = \log\gamma_s(x_s) + \log q(x_t|x_s) - \log\gamma_t(x_t) - \log r(x_s|x_t)
 
@@ -74,8 +73,7 @@ class Kernels:
 
     def x0(self, x_t: Tensor, eps: Tensor, t: Level) -> Tensor:
         """E[x_0 | x_t] (identity 4) from E[eps | x_t], float64 (B, *shape)."""
-        x_t = x_t.double()
-        return Prediction(x_t, *self.schedule.at(t, x_t), eps).x0
+        return Prediction(x_t.double(), *self.schedule.at(t, x_t.double()), eps).x0
 
     def up(self, x_s: Tensor, s: Level, t: Level, noise: Tensor) -> Tensor:
         """x_t from q(x_t | x_s) by standard normal ``noise``; all (B, *shape)."""
@@ -105,10 +103,10 @@ class Kernels:
 
     def _reverse(self, x_t: Tensor, eps: Tensor, t: Level, s: Level) -> tuple[Tensor, Tensor]:
         """Mean (B, *shape) and variances in the eigenbasis, (d,) or (B, d), of r(x_s | x_t)."""
-        a, b, c = self.schedule.reverse_kernel(t, s, x_t)
-        flat = [factor.reshape(-1, 1) if factor.ndim else factor for factor in (b, c)]
-        variances = flat[1] ** 2 + flat[0] ** 2 * self.variances[torch.as_tensor(t) - 1]
-        return a * x_t + b * self.x0(x_t, eps, t), variances
+        x_0 = self.x0(x_t, eps, t).flatten(1)
+        a, b, c = self.schedule.reverse_kernel(t, s, x_0)
+        mean = a * x_t.flatten(1) + b * x_0
+        return mean.view_as(x_t), c**2 + b**2 * self.variances[torch.as_tensor(t) - 1]
 
 
 def kl_of_step(schedule: NoiseSchedule, t: Level, s: Level, error: Tensor, variances: Tensor) -> Tensor:

@@ -74,9 +74,8 @@ def langevin(
 
     Of points at levels 1 ... T. Gives which moves were accepted, boolean (B,). The move is scaled by direction in the
     eigenbasis of the reference: E[eps²] = 1 - V_t / r_t² is the information of a Gaussian with as much posterior
-    variance. Another eigenbasis, with the squared scales of its directions, (d,), is a ``metric``. The ``step`` is in
-    units of each direction's squared scale, one or (B,). Standard normal (B, d) and uniform (B,) numbers of the move
-    and its acceptance may be given as ``draws``.
+    variance. Another eigenbasis, with the squared scales of its directions, (d,), is a ``metric``. The ``step``, one
+    or (B,), is in units of the squared scales. ``draws`` are standard normal (B, d) and uniform (B,) numbers to use.
     """
     rotation, schedule, t, x = target.reference.rotation, target.schedule, states.t, states.x
     level = torch.as_tensor(t, device=x.device).expand(len(x))
@@ -193,8 +192,7 @@ def resampled(
 ) -> tuple[States, Tensor, Tensor]:
     """Systematic resampling of the islands whose effective sample size is ``below`` that share of their size.
 
-    Points of all islands have weights ``log_w``, (islands, size); ``log_z`` is what earlier resampling has taken out
-    of them, (islands,).
+    Points have weights ``log_w``, (islands, size); ``log_z``, (islands,), is what was taken out of them before.
     """
     (islands, size), weights, device = log_w.shape, log_w.softmax(1), log_w.device
     poor = effective(log_w) < below * size

@@ -27,8 +27,7 @@ SPACING = 1.3
 replicas cross all N rungs in the fewest evaluations (Syed et al. 2022): about N² sweeps, of N evaluations each."""
 
 FAMILY = 8
-"""Particles that come down for each column. What resampling leaves of more descends from a few: columns that start in
-one population are not independent."""
+"""Particles that come down for each column: columns that start in one population would not be independent."""
 
 KEPT_VALUES = 2**23
 """Numbers kept for MBAR at most: states are thinned to so many."""
@@ -68,8 +67,7 @@ class Replicas:
 
     Attributes:
         levels: The rungs, rising; above the last one is the start density.
-        down: w of every attempted swap of a rung and the next, downwards, nats, (sweeps, rungs, columns).
-        up: The same upwards.
+        down: w of every attempted swap of a rung and the next, nats, (sweeps, rungs, columns); ``up`` upwards.
         swapped: Share of swaps accepted, (rungs,); the last one is that of fresh draws of the start density.
         log_gamma: log gamma at the lowest rung, (sweeps, columns).
         arrivals: Replicas that came from the start density all the way to the lowest rung, (columns,).
@@ -104,8 +102,10 @@ class Replicas:
         with alone():
             for sweep in tqdm(range(-burn_in, sweeps), "replicas", unit="sweep", disable=not progress, leave=False):
                 for _ in range(self.moves):
-                    accepted = self.move()
-                    self.step = adapted(self.step, accepted) if sweep < 0 else self.step
+                    each = self.step.repeat_interleave(self.columns)
+                    accepted = langevin(self.target, self.kernels, self.states, each, self.generator)
+                    if sweep < 0:
+                        self.step = adapted(self.step, accepted.view(self.count, -1).double().mean(1).cpu())
                 self.swap(sweep, 0)
                 self.swap(sweep, 1)
                 self.record(sweep)
@@ -129,12 +129,6 @@ class Replicas:
     def ess(self) -> float:
         """Independent draws at the lowest rung, by the autocorrelation of log gamma."""
         return self.log_gamma.numel() / autocorrelation_time(self.log_gamma)
-
-    def move(self) -> Tensor:
-        """Moves all; the share accepted in each rung."""
-        each = self.step.repeat_interleave(self.columns)
-        accepted = langevin(self.target, self.kernels, self.states, each, self.generator)
-        return accepted.view(self.count, -1).double().mean(1).cpu()
 
     def swap(self, sweep: int, parity: int) -> None:
         """Tries every other pair of neighbouring rungs, and the start density where it is the upper one of a pair."""

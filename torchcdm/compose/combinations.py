@@ -95,11 +95,8 @@ class AllGiven(Unnormalised):
     A plain product in model units, on the path of a :class:`Combination`. x_0 is the mean that its Gaussian has given
     x_t: x itself at level 0, and moderate at all levels, as known may have bounds.
 
-    Args:
-        model: The density, with a context.
-        contexts: (n, context).
-        moves: How far the density given each is moved, data units, (n, *shape).
-        known: Nats (B,) of x_0, data units (B, *shape), and levels (B,), such as a power of a prior.
+    Of a ``model`` with a context, given each of the ``contexts``, (n, context), and then moved so far, data units
+    (n, *shape). ``known`` are nats (B,) of x_0, data units (B, *shape), and levels (B,), such as a power of a prior.
     """
 
     def __init__(self, model: DensityModel, contexts: Tensor, moves: Tensor, known: Callable) -> None:

@@ -5,14 +5,13 @@ are above the last one; those below are replaced by copies of the others, and al
 the threshold stays as it is (Cerou and Guyader 2007). A move is a Langevin step, or a *jump*: up to a random level by
 the noise, down again by the denoiser's kernel. Which levels jumps go to follows from how far they get.
 
-The error is estimated from one population, by how many of the first particles have descendants at the end (Lee and
-Whiteley 2018), here for systematic resampling.
+The error is estimated by how many of the first particles have descendants at the end (Lee and Whiteley 2018), here
+for systematic resampling.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, final
 
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
 from torchcdm.annealing.target import Evaluated, ModelTarget, Target
-from torchcdm.compose.tilted import of_data, one_each
+from torchcdm.compose.tilted import Map, of_data, one_each
 from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
@@ -32,9 +31,6 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, Seed, checked
-
-Event = Callable[[Tensor], Tensor]
-"""f(x_1), (B,), of points at level 1, model units, float64 (B, *shape)."""
 
 KEEP = 0.75
 """Share of the particles above the next threshold."""
@@ -81,7 +77,7 @@ class Probability:
 
 @checked
 def probability(
-    model: Denoiser, event: Callable[[Tensor], Tensor], threshold: Float, n: Annotated[Count, Ge(50)] = 1000,
+    model: Denoiser, event: Map, threshold: Float, n: Annotated[Count, Ge(50)] = 1000,
     moves: Count = 4, y: int | None = None, seed: Seed = 0, progress: bool = False,
 ) -> Probability:  # fmt: skip
     """P(f(x) > threshold) where this may be as small as 1e-30, with a 95 % interval.
@@ -122,13 +118,13 @@ def probability(
 
 @torch.no_grad()
 def climb(
-    target: Target, kernels: Kernels, event: Event, threshold: float, n: int, generator: Generator, moves: int,
+    target: Target, kernels: Kernels, event: Map, threshold: float, n: int, generator: Generator, moves: int,
     progress: bool = False,
 ) -> Probability:  # fmt: skip
     """P(f(x_1) > threshold) under the normalised target at level 1, by ``n`` particles; ``x`` are model units there.
 
-    After each threshold they make as many jumps as Langevin ``moves``. UserError where f has nothing above some value,
-    or the probability is below 1e-30.
+    The ``event`` is f, of float64 (B, *shape) to (B,). After each threshold particles make as many jumps as Langevin
+    ``moves``. UserError where f has nothing above some value, or the probability is below 1e-30.
     """
     half = -(-n // 2)
     counted = _Above(target, event)
@@ -210,7 +206,7 @@ def _metric(target: Target, states: States) -> tuple[MatrixRotation, Tensor]:
 class _Above(Target):
     """A target without mass at level 1 where f is at most ``least``, and what it has been asked."""
 
-    def __init__(self, inner: Target, event: Event) -> None:
+    def __init__(self, inner: Target, event: Map) -> None:
         super().__init__(inner.schedule, inner.shape, inner.reference)
         self.inner, self.event, self.least, self.evaluations = inner, event, -math.inf, 0
 

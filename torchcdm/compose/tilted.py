@@ -27,7 +27,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, Unnormalised
-from torchcdm.models.density import require_density
+from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, checked
@@ -58,11 +58,10 @@ LARGEST_MATRIX = 4096
 class Tilted(Unnormalised):
     """p_t(x) exp(ell_t(x0_hat)) as a denoiser, of the density of a ``model`` and ell_t, what is ``known``.
 
-    The latter need not be differentiable. UserError for a model without a density, or of unknown shape.
+    The latter need not be differentiable. UserError for a model of unknown shape.
     """
 
-    def __init__(self, model: Denoiser, known: Known) -> None:
-        model = require_density(model, "compose")
+    def __init__(self, model: DensityModel, known: Known) -> None:
         super().__init__(model.schedule, model.transform, base=model.base)
         self.model, self.known, self.reference = model, known, reference_gaussian(model)
         # Of the reference Gaussian: V_t alpha_t / sigma_t², in its eigenbasis, (T, d).
@@ -138,11 +137,12 @@ def tilted(model: Denoiser, reward: Map) -> Tilted:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
         >>> x = torchcdm.sample(heavy, 64, particles=256)
     """
-    measured, reference = of_data(model, reward), reference_gaussian(require_density(model, "compose"))
+    dense = require_density(model, "compose")
+    measured, reference = of_data(dense, reward), reference_gaussian(dense)
     tried = reference.draw((TRIED, *reference.mean.shape), stream(0, "reward")).double()
     or_else = f"compose: the reward is -inf at all of {TRIED} draws; let it fall slowly from where it is highest"
-    known = floored(lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), tried, model.schedule, or_else)
-    return Tilted(model, known)
+    known = floored(lambda x0, t: one_each(measured(x0), x0, "compose: the reward"), tried, dense.schedule, or_else)
+    return Tilted(dense, known)
 
 
 def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | None = None) -> Tilted:

@@ -41,9 +41,9 @@ class BaseDensity(Float64Module, ABC):
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         """log density at level t + 1 less that at t - 1, by the slope at level t (identity 11): float64 (B,)."""
 
-    @abstractmethod
     def start(self, eps: Tensor) -> Tensor:
-        """x at level T for samplers to start from, made of standard normal ``eps`` (B, *shape)."""
+        """x at level T of the one Gaussian, for samplers to start from, by standard normal ``eps`` (B, *shape)."""
+        return eps if self.gaussian is None else self.gaussian.sample(eps, self.schedule.T)
 
     @abstractmethod
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -70,14 +70,10 @@ class StandardNormal(BaseDensity):
         return log_normal(x.flatten(1).double()).sum(1)[:, None].expand(-1, self.schedule.T + 2)
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
-        _, sigma_t = self.schedule.at(t, x_t)
-        return sigma_t * x_t
+        return self.schedule.at(t, x_t)[1] * x_t
 
     def log_prob_change(self, x_t: Tensor, t: Tensor) -> Tensor:
         return torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
-
-    def start(self, eps: Tensor) -> Tensor:
-        return eps
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return self._noise(shape, generator)

@@ -63,7 +63,7 @@ class MatrixRotation(Rotation):
 
 @final
 class CosineRotation(Rotation):
-    """Discrete cosine transform of each axis of an event (C, H, W), the channels included.
+    """Orthonormal discrete cosine transform (DCT-II) of each axis of an event (C, H, W), the channels included.
 
     Covariances of natural images are nearly diagonal in it, and it costs no (d, d) matrix.
     """
@@ -71,7 +71,8 @@ class CosineRotation(Rotation):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__(shape)
         for axis, size in enumerate(self.shape, -len(self.shape)):
-            self.register_buffer(f"axis_{axis}", cosine_matrix(size), persistent=False)
+            cosines = torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))  # row k is the k-th cosine
+            self.register_buffer(f"axis_{axis}", cosines, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         for axis in range(-len(self.shape), 0):
@@ -89,26 +90,13 @@ DIAGONAL = {"cosine": CosineRotation, "diagonal": Rotation}
 """Forms of a Gaussian with one variance a number in a basis that is known."""
 
 
-def cosine_matrix(size: int) -> Tensor:
-    """Orthonormal DCT-II as a float64 matrix (size, size); row k is the k-th cosine."""
-    return torch.from_numpy(dct(np.eye(size), axis=0, norm="ortho"))
-
-
 @final
 class GaussianMarginals(BaseDensity):
     r"""N(x; alpha_t mu, alpha_t² Sigma + sigma_t² I) for all levels, in the eigenbasis of Sigma.
 
-    Several of them are one of mean (K, 1, *shape), variances (K, 1, d) and a rotation of matrix (K, d, d); what the
-    methods give has the axis K in front then.
-
-    Args:
-        schedule: The noise schedule.
-        mean: mu in model units, (*shape).
-        variances: Eigenvalues of Sigma, (d,), positive.
-        rotation: The eigenbasis.
-
-    Attributes:
-        classes: A Gaussian for each class, under the same schedule; none where classes have none of their own.
+    Of the ``mean`` mu, (*shape) in model units, the ``variances``, positive eigenvalues of Sigma, (d,), and their
+    basis, the ``rotation``. Several are one of mean (K, 1, *shape), variances (K, 1, d) and a rotation of matrix
+    (K, d, d); what the methods give has the axis K in front then. ``classes`` may have Gaussians of their own.
     """
 
     mean: Tensor
@@ -162,7 +150,7 @@ class GaussianMarginals(BaseDensity):
         # A floor of 0 still leaves out directions in which the data do not vary at all.
         return cls(schedule, mean, variances.clamp_min(max(floor, 1e-9 * float(variances.max()))), rotation)
 
-    def _variances_at(self, t: Level | slice) -> Tensor:
+    def _variances_at(self, t: Level) -> Tensor:
         alpha, sigma = self.schedule.alpha[t, None], self.schedule.sigma[t, None]
         return alpha**2 * self.variances + sigma**2
 
@@ -216,9 +204,6 @@ class GaussianMarginals(BaseDensity):
         """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
         mean, variances = self.moments(t)
         return (mean + self.rotation.inverse(eps.flatten(1).double() * variances.sqrt())).to(eps.dtype)
-
-    def start(self, eps: Tensor) -> Tensor:
-        return self.sample(eps, self.schedule.T)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         return self.sample(self._noise(shape, generator), 0)
@@ -290,8 +275,7 @@ def fit_class_gaussians(
 
     ``samples`` (N, *shape) are in model units, dequantised, of the classes ``labels``, long (N,). Those of at least so
     many ``classes`` that have no sample take the Gaussian of all. ``held_out`` are samples and classes that choose,
-    every fifth of the training data when None: not for data that repeat samples of a small class, as a copy of a
-    sample would choose its own fit.
+    every fifth of the training data when None: not of data that repeat samples, as a copy would choose its own fit.
     """
     present, fitted = labels.unique().tolist(), (samples, labels)
     if held_out is None:

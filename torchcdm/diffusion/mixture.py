@@ -40,12 +40,9 @@ TOLERANCE, ROUGH = 1e-5, 1e-3
 class MixtureMarginals(BaseDensity):
     """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level.
 
-    Args:
-        schedule: The noise schedule.
-        weights: w_k, (K,), normalised here.
-        means: mu_k in model units, (K, d); of images in the cosine basis.
-        spreads: Sigma_k, (K, d, d); of images its diagonal in the cosine basis, (K, d).
-        common: The one Gaussian of all data: what sampling starts from at level T, where the mixture is as good as it.
+    Of the ``weights`` w_k, (K,), normalised here, the ``means`` mu_k, (K, d) in model units, and the ``spreads``
+    Sigma_k, (K, d, d); of images in the cosine basis, where spreads are diagonals, (K, d). Sampling starts from the
+    ``common`` Gaussian of all data at level T, where the mixture is as good as it.
 
     The Gaussians may have other weights in each class. What tells classes apart in the weights of modes far from each
     other, no gradient and no smooth function sees.
@@ -113,9 +110,6 @@ class MixtureMarginals(BaseDensity):
         eps = torch.einsum("bk,kbd->bd", shares, eps)
         return self.schedule.log_prob_change(z, t, eps, (shares * energy.T).sum(1))
 
-    def start(self, eps: Tensor) -> Tensor:
-        return self.common.start(eps)
-
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
         rows = zip(self._noise(shape, generator).split(1000), chosen.split(1000), strict=True)
@@ -181,14 +175,9 @@ def fit_gaussians(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
-    Args:
-        samples: (N, d).
-        components: K, at most N.
-        floor: Least variance; :data:`VARIANCE_FLOOR` where that is more.
-        shrinkage: Share by which each covariance is moved towards their mean, and its square by which that is moved
-            towards a round one of the variance of all samples, as one alone is by this share.
-        rows: At most so many samples, evenly spaced ones.
-        tolerance: EM ends where an iteration gains less, nats a sample.
+    Of at most so many ``rows``, evenly spaced, until an iteration gains less than the ``tolerance``, nats a sample.
+    No variance is below ``floor``, nor :data:`VARIANCE_FLOOR`. The share ``shrinkage`` moves each covariance towards
+    their mean, and its square that one towards a round one of the variance of all samples, as it does one alone.
     """
     x, floor = _some(samples, components, rows).numpy(), max(floor, VARIANCE_FLOOR)
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}

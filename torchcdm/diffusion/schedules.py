@@ -72,17 +72,14 @@ class NoiseSchedule(Float64Module, ABC):
     def at(self, t: Level, x: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in the dtype of ``x`` (B, ...), shaped to multiply it; UserError for no level 0 ... T+1.
 
-        A tensor of levels on a GPU is not looked at, as that would wait for it; :meth:`check_levels` looks, which the
-        models' public calls ask.
+        Levels on a GPU are not looked at, which would wait; public calls of models ask :meth:`check_levels`.
         """
         self.check_levels(t, x, wait=False)
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
 
     def check_levels(self, t: Level, x: Tensor, wait: bool = True) -> None:
-        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...), by type, shape and range.
-
-        With ``wait`` levels on a GPU are looked at too, for which the call waits.
-        """
+        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...), by type, shape and range;
+        with ``wait`` on a GPU too."""
         if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
         elif not isinstance(t, Tensor):

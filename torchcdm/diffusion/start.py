@@ -50,12 +50,9 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     basis, or a covariance where there are as many images as numbers. For both the standard normal. One with
     covariances gives way where others are better by more than the standard error of the difference.
 
-    Args:
-        train: Samples (N, *shape), model units, dequantised.
-        held_out: Others, without copies of the same sample, in any order; of more than :data:`FIT_ROWS` some count.
-        floor: Smallest variance, model units squared.
-        given: Values of the fields that are not chosen; other keys, and None, are passed by. UserError where there is
-            no density with these.
+    Samples ``train`` and ``held_out``, (N, *shape), are in model units, dequantised; the latter without copies of the
+    same sample, and of more than :data:`FIT_ROWS` some count. The ``floor`` is the smallest variance. Fields that are
+    ``given`` a value are not chosen; other keys, and None, are passed by. UserError where no density has these.
     """
     given = {key: value for key, value in (given or {}).items() if key in FIELDS and value is not None}
     held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]

@@ -66,8 +66,8 @@ class NoisyCells(ABC):
 class EqualCells(NoisyCells):
     """Cells of the same width in every dimension's own unit, x uniform over them, or in their middles.
 
-    In the middles for models that were trained without dequantisation. Candidates are neighbouring grey levels in data
-    units on a last axis: (B, *shape, n).
+    In the middles for models trained without dequantisation. Candidates are neighbouring grey levels, data units, on a
+    last axis: (B, *shape, n).
     """
 
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class FlowResult:
         path: log density at each of them, nats in model units, (levels, B).
         one_pass: The same by one pass of the network, nan for a denoiser without density.
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
-        start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats, from the inputs; the one error that neither
-            more steps nor more probes remove.
+        start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats: the error that no steps or probes remove.
     """
 
     levels: list[int]
@@ -52,10 +51,9 @@ class FlowResult:
         return self.path[0]
 
     def gaps(self) -> dict[str, list[float]]:
-        """NLL by one pass minus NLL by the flow along the paths; above 0 one pass finds them less likely.
+        """NLL by one pass minus NLL by the flow, nats: above 0 one pass finds samples less likely.
 
-        ``mean`` over samples, nats, at each of the visited ``levels``, and standard deviation ``sd``, probe noise
-        included.
+        ``mean`` over samples at each of the visited ``levels``, and standard deviation ``sd``, with the probes' noise.
         """
         gaps = (self.path - self.one_pass).cpu()
         sd = gaps.std(1, correction=int(gaps.shape[1] > 1))

@@ -32,8 +32,7 @@ SWEEPS, LONGEST, REPLICAS = 200, 4, 12
 start: of all classes together, where these are taken one by one."""
 
 RUNGS = 16
-"""Levels that replicas of a restricted density cross at most, where its own level is not given: N take about N²
-sweeps."""
+"""Levels that replicas of a restricted density cross at most, unless its level is given: N take about N² sweeps."""
 
 USUAL, MEASURING = 128, 512
 """Samples of a class that make a fence, and of all data that make decoders, at most."""
@@ -46,8 +45,7 @@ AGREEMENT = 2.0
 quarters of all runs. Those of few columns count less, by Student's t."""
 
 SMALLEST_ESS, KNOWN = 20, 0.01
-"""Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim: at 20, Z
-has a standard error of 22 %."""
+"""Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim."""
 
 NAME, TENSORS = "log_z.json", "log_z.safetensors"
 """Files in the folder of a model, of log Z that was measured once."""
@@ -92,8 +90,9 @@ class LogZ:
         """From the logarithms of K independent unbiased estimates of Z, (K,). The log of a mean errs low."""
         values = log_weights.cpu()
         weights = (values - values.max()).exp()
-        se = float(weights.std() / weights.mean()) / len(weights) ** 0.5
-        return cls(float(weights.mean().log() + values.max()), se, estimator, level, dim)
+        value, mean = float(weights.mean().log() + values.max()), weights.mean()
+        se = float(weights.std() / mean) / len(weights) ** 0.5
+        return cls(value, se, estimator, level, dim, width=half_width((weights - mean)[None]))
 
     @classmethod
     def of_replicas(cls, run: Replicas, starts: Sequence[str], shares: Sequence[float] = (1.0,)) -> LogZ:
@@ -206,11 +205,8 @@ def weights_of(folder: Path) -> str | None:
 
 
 def write_log_z(folder: Path, z: LogZ, weights: str | None) -> None:
-    """Writes log Z into the folder of its model; UserError where that cannot be.
-
-    It is not kept, which a warning says, where other weights lie there by now than those that it was measured with,
-    ``weights`` by :func:`weights_of`.
-    """
+    """Writes log Z into the folder of its model; UserError where that cannot be. It is not kept, which a warning says,
+    where others than the ``weights`` lie there by now that it was measured with, by :func:`weights_of`."""
     if weights != weights_of(folder):
         warn(f"{folder}: log Z is not kept: other weights were written there meanwhile")
         return
@@ -308,11 +304,9 @@ class _Points:
     """The levels of :func:`log_normalizer`, and points at each: where replicas start, and what is usual there.
 
     Attributes:
-        rungs: The levels that particles found on their way down from the noise, from number ``first`` on, and samples
-            of the model at each; ``levels`` are the same.
+        rungs: Levels that particles found on their way down, from number ``first`` on, and samples of the model there.
         shares: Of the classes that are taken one by one, (1.0,) where all are taken together.
         replicas: Columns of a start and a class; those of a start lie together, in it those of a class.
-        generator: Of all noise.
     """
 
     def __init__(
@@ -365,8 +359,7 @@ class _Points:
     def noised(self, x_0: Tensor) -> Tensor:
         """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
         noise = torch.randn(len(self.levels), *x_0.shape, generator=self.generator, dtype=torch.float64)
-        pairs = zip(self.levels, noise.to(x_0.device), strict=True)
-        return torch.stack([self.model.schedule.perturb(x_0, t, eps) for t, eps in pairs])
+        return self.model.schedule.perturb(x_0.expand_as(noise), torch.tensor(self.levels), noise.to(x_0.device))
 
     def clean(self, x: Tensor) -> Tensor:
         """Data as a noisy level sees them, model units."""

@@ -38,12 +38,11 @@ COVER = 1e-3
 """Share of the Gaussian: it costs as many nats of a sample."""
 
 PASSES, DECODING = 9, 5.0
-"""Passes of a chain, and how many times as much noise its lowest level has as the one at which data are scored by
-default: best on training images of clothes."""
+"""Passes of a chain, and the noise of its lowest level in that of the level at which data are scored: best on training
+images of clothes."""
 
 BINS, PSEUDO, MOST_VALUES = 64, 0.3, 4096
-"""Bins of the denoised value, with equally many numbers each; what a count of a table starts from; and the most grey
-levels of a table."""
+"""Bins of the denoised value, of equally many numbers; what a table counts from; and the most grey levels of one."""
 
 
 @dataclass(frozen=True)

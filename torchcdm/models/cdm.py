@@ -61,8 +61,7 @@ class ClassificationDiffusion(DensityModel):
         return getattr(self.backbone, "joint", False)
 
     def class_log_prob_levels(self, x_t: Tensor) -> Tensor:
-        """log p_t(x_t | y) for every class and level, float64 (B, classes, T+2) (identity 10). UserError for a model
-        that does not give all classes in one pass."""
+        """log p_t(x_t | y) of every class and level, float64 (B, classes, T+2); UserError if not joint."""
         if not self.joint:
             raise UserError("class_log_prob_levels needs a backbone with a joint head over (class, level)")
         self.check_inputs(x_t)
@@ -70,8 +69,8 @@ class ClassificationDiffusion(DensityModel):
 
     def class_posterior(self, x_t: Tensor, t: Level) -> Tensor:
         """p(y | x_t, t), (B, classes): the classifier that the joint logits contain (identity 10)."""
-        self.check_inputs(x_t, t)
         joint = self.class_log_prob_levels(x_t) + self.log_class_prior[:, None]
+        self.schedule.check_levels(t, x_t)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         return joint[torch.arange(len(x_t), device=x_t.device), :, levels].softmax(1)
 

@@ -83,9 +83,7 @@ class Denoiser(nn.Module, ABC):
         """The labels of ``x_t``, once that, levels and labels are checked, on a GPU too: for public calls.
 
         ``data`` says that ``x_t`` is no input of the network, but data units, which may have another precision.
-
-        Raises:
-            UserError: Inputs, levels or labels of another type, shape or range.
+        UserError for inputs, levels or labels of another type, shape or range.
         """
         if not torch.compiler.is_compiling():
             dtypes = (p.dtype for p in self.parameters() if p.is_floating_point() and not data)

@@ -127,10 +127,9 @@ class DensityModel(Denoiser):
         return found.log_prob_levels.gather(1, t[:, None])[:, 0], found.eps.double(), found.log_prob_levels
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
-        """The MMSE denoiser as the gradient of a logit difference (identity 3).
+        """The MMSE denoiser as the gradient of a logit difference (identity 3): one forward and one backward pass.
 
-        One forward and one backward pass; keeps no graph. Works under ``torch.no_grad()``; errors as in
-        :meth:`evaluate`.
+        Keeps no graph, and works under ``torch.no_grad()``; errors as in :meth:`evaluate`.
         """
         eps = self.evaluate(x_t, t, y).eps
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), eps)
@@ -154,8 +153,7 @@ class DensityModel(Denoiser):
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
         x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
-        self.check_inputs(x, data=True)
-        self.schedule.check_levels(t, x)
+        self.check_inputs(x, t, data=True)
         z = x if units == "model" or self.transform is None else self.transform(x)
         levels = torch.as_tensor(t, device=z.device).expand(z.shape[:1])
         log_p = self.log_prob_levels(z.to(working_dtype(self, z.dtype)), y).gather(1, levels[:, None])[:, 0]
@@ -185,9 +183,8 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
 class LevelReader(Denoiser):
     """A density ``model`` that denoises x_t at the level that its classifier reads off it, in the same pass.
 
-    Few steps leave each image with more or less noise than the level that a denoiser is told (arXiv 2305.15583). The
-    level read is the most probable one under a normal prior of log r about that told, of ``deviation``. ``weight``
-    as in :class:`GuidedDenoiser`.
+    Few steps leave more or less noise than the level that a denoiser is told (arXiv 2305.15583). The level read is the
+    most probable under a normal prior of log r about that told, of ``deviation``. ``weight`` as in GuidedDenoiser.
     """
 
     deviation = 0.3
