@@ -6,6 +6,7 @@ It never depends on batches, devices, other draws or how far a run has come, so 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,6 +30,11 @@ def derive(seed: int, purpose: str, *index: int) -> int:
 def stream(seed: int, purpose: str, *index: int) -> torch.Generator:
     """A CPU generator; arguments as in :func:`derive`."""
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
+
+
+def normal(shape: Sequence[int], generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal numbers, float64, by a CPU ``generator``, whatever the ``device``."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(device)
 
 
 def evenly_spaced(count: int, limit: int | None) -> Tensor:

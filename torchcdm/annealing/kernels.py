@@ -24,7 +24,7 @@ from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
-from torchcdm.random import stream
+from torchcdm.random import normal, stream
 
 CALIBRATION_SAMPLES = 256
 """Samples from which the variances are measured: each is then right within about a tenth."""
@@ -57,17 +57,13 @@ class Kernels:
         kernels, schedule, generator = cls(target.reference), target.schedule, stream(seed, "chain")
         (x, _), rotation, dim = target.start(n, generator), target.reference.rotation, kernels.variances.shape[1]
         levels = torch.linspace(1, schedule.T, min(schedule.T, MEASURED)).round().long()
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(x.device)
-
         for s, t in reversed(list(pairwise(levels.tolist()))):
-            x = kernels.down(x, target.eps(x, t), t, s, normal(n, dim))
-        noise = normal(n, dim) * kernels.variances[0].sqrt()
+            x = kernels.down(x, target.eps(x, t), t, s, normal((n, dim), generator, x.device))
+        noise = normal((n, dim), generator, x.device) * kernels.variances[0].sqrt()
         x_0 = kernels.x0(x, target.eps(x, 1), 1) + rotation.inverse(noise)
         squares = kernels.variances.new_zeros(len(levels), dim)
         for k, t in enumerate(levels.tolist()):
-            x_t = schedule.perturb(x_0, t, normal(*x_0.shape))
+            x_t = schedule.perturb(x_0, t, normal(x_0.shape, generator, x.device))
             squares[k] = rotation(x_0 - kernels.x0(x_t, target.eps(x_t, t), t)).square().sum(0)
         return cls(target.reference, squares[torch.searchsorted(levels, torch.arange(1, schedule.T + 1))] / n)
 

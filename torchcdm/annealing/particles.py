@@ -23,6 +23,7 @@ from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
+from torchcdm.random import normal
 from torchcdm.runtime.processes import alone
 
 BEST_ACCEPTANCE = 0.57
@@ -36,11 +37,8 @@ FIRST_STEP, SMALLEST_STEP, LARGEST_STEP = 0.5, 1e-3, 2.0
 class States:
     """Points at their levels, and what a target says of them.
 
-    Attributes:
-        x: Model units, float64 (B, *shape).
-        t: Their levels, an int or long (B,).
-        at: The target there.
-        origin: Which of the first particles each descends from, long (B,); None where nobody keeps count.
+    They are ``x``, model units float64 (B, *shape), at ``t``, an int or long (B,). The ``origin`` is which of the
+    first particles each descends from, long (B,); None where nobody keeps count.
     """
 
     x: Tensor
@@ -87,7 +85,7 @@ def langevin(
         rotation, squares = metric
     scale = torch.as_tensor(step, dtype=x.dtype, device=x.device).reshape(-1, 1) * squares
     scale = scale.expand(len(x), -1)
-    noise = draws[0] if draws else torch.randn(scale.shape, generator=generator, dtype=x.dtype).to(x.device)
+    noise = draws[0] if draws else normal(scale.shape, generator, x.device)
     moved = -0.5 * scale * rotation(states.at.eps) / sigma + scale.sqrt() * noise
     proposed = States.of(target, x + rotation.inverse(moved), t)
     returned = moved - 0.5 * scale * rotation(proposed.at.eps) / sigma
@@ -113,10 +111,8 @@ def adapted(step: Tensor | float, accepted: Tensor | float) -> Tensor:
 class Particles(NamedTuple):
     """Particles at the level where they ended, islands times size; those of one island are neighbours.
 
-    Attributes:
-        log_weights: Log weights of the points within each island, (islands, size).
-        log_estimates: Logarithms of unbiased estimates of Z, one of each island, (islands,).
-        least: Smallest effective sample size of each island at any level, before resampling, (islands,).
+    ``log_weights`` are those within each island, (islands, size), ``log_estimates`` the logarithm of an unbiased
+    estimate of Z by each, (islands,), and ``least`` its smallest effective sample size before resampling, (islands,).
     """
 
     states: States
@@ -157,7 +153,7 @@ def smc(
                 break
             length = min(length, states.t - level)
             while True:
-                noise = torch.randn(n, math.prod(target.shape), generator=generator, dtype=x.dtype).to(x.device)
+                noise = normal((n, math.prod(target.shape)), generator, x.device)
                 s = states.t - length
                 lower = States.of(target, kernels.down(states.x, states.at.eps, states.t, s, noise), s)
                 works = kernels.work(lower.x, states.x, lower.at, states.at, s, states.t)

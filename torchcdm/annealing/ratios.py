@@ -14,12 +14,8 @@ BISECTIONS, NEWTON_STEPS, CONVERGED = 60, 30, 1e-9
 
 
 class Ratios(NamedTuple):
-    """Logarithms of ratios of normalisers of neighbouring rungs.
-
-    Attributes:
-        log_ratio: log Z of the lower rung less that of the upper one, (pairs,).
-        without: What leaving out one column changes in it, (columns, pairs): the jackknife.
-    """
+    """``log_ratio`` is log Z of a rung less that of the next one above, (pairs,), and ``without`` what leaving out one
+    column changes in it, (columns, pairs): the jackknife."""
 
     log_ratio: Tensor
     without: Tensor

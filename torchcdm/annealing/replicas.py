@@ -20,6 +20,7 @@ from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import States, adapted, chance, langevin, smc
 from torchcdm.annealing.ratios import Ratios, autocorrelation_time, bar, mbar
 from torchcdm.annealing.target import Target
+from torchcdm.random import normal
 from torchcdm.runtime.processes import alone
 
 SPACING = 1.3
@@ -137,10 +138,9 @@ class Replicas:
         lower = torch.arange(self.count, device=device)[pairs]
         rows = (lower[:, None] * K + torch.arange(K, device=device)).flatten()
         down, up, n = states.take(rows), states.take(rows + K), len(rows)
-        noise_up = torch.randn(down.x.shape, generator=self.generator, dtype=torch.float64).to(device)
-        noise_down = torch.randn(n, math.prod(self.target.shape), generator=self.generator, dtype=torch.float64)
-        lowered = kernels.down(up.x, up.at.eps, up.t, down.t, noise_down.to(device))
-        x = [lowered, kernels.up(down.x, down.t, up.t, noise_up)]
+        raised = kernels.up(down.x, down.t, up.t, normal(down.x.shape, self.generator, device))
+        noise = normal((n, math.prod(self.target.shape)), self.generator, device)
+        x = [kernels.down(up.x, up.at.eps, up.t, down.t, noise), raised]
         t, last = [down.t, up.t], slice(len(states.x) - K, None)
         top = (self.count - 1) % 2 == parity
         if top:

@@ -20,6 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
+from torchcdm.random import normal
 from torchcdm.runtime.precision import reduced_precision
 from torchcdm.runtime.processes import Rows, map_rows
 
@@ -67,8 +68,7 @@ class Target(ABC):
     @final
     def start(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """``n`` draws x_T of the reference at level T, float64 (n, *shape), and its log density, nats (n,)."""
-        noise = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
-        x_T = self.reference.start(noise.to(self.reference.mean.device))
+        x_T = self.reference.start(normal((n, *self.shape), generator, self.reference.mean.device))
         return x_T, self.log_start(x_T)
 
     @final
@@ -79,18 +79,13 @@ class Target(ABC):
 
 @final
 class ModelTarget(Target):
-    """The density of a model at every level, of one class or of all.
+    """The density of a ``model`` at every level, given a class or a context (context,) ``y``, or, None, of all.
 
-    UserError for a model without a density, of unknown shape, or in half precision, which leaves nothing of
-    differences of log p, and for a class that it does not have.
-
-    Args:
-        model: A :class:`torchcdm.DensityModel`, or a tilted one; its network runs in its own precision.
-        y: A class, or a context (context,), that is given; None for the unconditional density. As an attribute it
-            may be set to one label for each row of all calls that follow.
-        batch_size: Inputs at a time; by their size, and what memory holds, when None.
-        guidance: Weight w of identity 8: the target is (1 + w) log p_t(x|y) - w log p_t(x).
-        density: Whether log gamma is asked for. Without it any denoiser will do, in any precision.
+    With a weight w of ``guidance`` it is (1 + w) log p_t(x|y) - w log p_t(x) (identity 8). The network runs in its own
+    precision, on ``batch_size`` inputs at a time; by their size, and what memory holds, when None. As an attribute
+    ``y`` may be set to one label for each row of all calls that follow. Where no ``density`` is asked for any denoiser
+    will do, in any precision. UserError for one without a density, of unknown shape, or in half precision, which
+    leaves nothing of differences of log p, and for a class that it does not have.
     """
 
     def __init__(

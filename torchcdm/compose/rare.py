@@ -29,7 +29,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
-from torchcdm.random import stream
+from torchcdm.random import normal, stream
 from torchcdm.runtime.validation import Count, Float, Seed, checked
 
 KEEP = 0.75
@@ -236,7 +236,7 @@ class _Jumps:
         """One jump of each state, two evaluations or, where it ends below the threshold, one."""
         kernels, target, x, n, d = self.kernels, self.target, states.x, len(states.x), self.spread.numel()
         which = torch.multinomial(self.odds, n, replacement=True, generator=generator)
-        up, down = (torch.randn(n, d, generator=generator, dtype=x.dtype).to(x.device) for _ in range(2))
+        up, down = (normal((n, d), generator, x.device) for _ in range(2))
         t, s = self.levels[which].to(x.device), torch.ones(n, dtype=torch.long, device=x.device)
         x_t = kernels.up(x, s, t, up.reshape(x.shape))
         eps = target.evaluate(x_t, t).eps

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
+from torchcdm.random import normal
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
@@ -57,10 +58,6 @@ class BaseDensity(Float64Module, ABC):
         """
         return None
 
-    def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Standard normal float64, drawn on the CPU, on the schedule's device."""
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(self.schedule.alpha.device)
-
 
 @final
 class StandardNormal(BaseDensity):
@@ -76,4 +73,4 @@ class StandardNormal(BaseDensity):
         return torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        return self._noise(shape, generator)
+        return normal(shape, generator, self.schedule.alpha.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
-from torchcdm.random import stream
+from torchcdm.random import normal, stream
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
@@ -206,7 +206,7 @@ class GaussianMarginals(BaseDensity):
         return (mean + self.rotation.inverse(eps.flatten(1).double() * variances.sqrt())).to(eps.dtype)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        return self.sample(self._noise(shape, generator), 0)
+        return self.sample(normal(shape, generator, self.mean.device), 0)
 
     def class_effects(self, x: Tensor) -> Tensor | None:
         if not self.classes:
@@ -305,7 +305,7 @@ def _best_share(
     rare = torch.tensor([len(truth) / len(parts) / len(x) for x in parts]).double()[truth]
     x, generator = torch.cat(parts).repeat(DRAWS, *[1] * (parts[0].ndim - 1)), stream(0, "classes held out")
     t = (torch.randperm(len(x), generator=generator) * (schedule.T + 2) // len(x)).to(x.device)
-    x = schedule.perturb(x, t, torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device))
+    x = schedule.perturb(x, t, normal(x.shape, generator, x.device))
 
     def judged(share: float, shrinkage: float) -> tuple[Tensor, float]:
         """log p of the samples, and mean log probability of their class with noise, classes equally frequent."""

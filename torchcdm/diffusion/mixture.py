@@ -21,6 +21,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, GaussianMarginals, MatrixRotation, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
+from torchcdm.random import normal
 
 FIT_ROWS = 10_000
 """A mixture is fitted to at most so many samples, unless more are asked for."""
@@ -112,7 +113,8 @@ class MixtureMarginals(BaseDensity):
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
-        rows = zip(self._noise(shape, generator).split(1000), chosen.split(1000), strict=True)
+        noise = normal(shape, generator, self.log_weights.device)
+        rows = zip(noise.split(1000), chosen.split(1000), strict=True)
         return self.rotation.inverse(torch.cat([self.parts.sample(z, 0)[k, torch.arange(len(k))] for z, k in rows]))
 
     def with_classes(self, samples: Tensor, labels: Tensor, classes: int) -> MixtureMarginals:

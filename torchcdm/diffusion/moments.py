@@ -19,12 +19,8 @@ RANK = 8
 
 @final
 class Moments(nn.Module):
-    """Mean and :data:`RANK` principal directions of each class, and last of all data; model units.
-
-    Args:
-        means: (classes + 1, d).
-        directions: (classes + 1, :data:`RANK`, d), orthogonal, as long as the data's deviation along each.
-    """
+    """Means (classes + 1, d) of each class, and last of all data, and :data:`RANK` principal directions of each,
+    (classes + 1, :data:`RANK`, d), orthogonal and as long as the data's deviation along them; model units."""
 
     means: Tensor
     directions: Tensor

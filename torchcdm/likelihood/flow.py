@@ -32,8 +32,7 @@ class FlowResult:
     """Log densities by the probability flow, and how far they can be trusted.
 
     Attributes:
-        levels: Levels of the path, rising to T.
-        path: log density at each of them, nats in model units, (levels, B).
+        path: log density at each of the ``levels``, which rise to T, nats in model units, (levels, B).
         one_pass: The same by one pass of the network, nan for a denoiser without density.
         probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
         start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats: the error that no steps or probes remove.

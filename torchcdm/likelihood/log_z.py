@@ -22,7 +22,7 @@ from torchcdm.errors import UserError, warn
 from torchcdm.likelihood.restricted import BINS, MeasuredStep, Restricted, measured_steps, prior_of
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.random import stream
+from torchcdm.random import normal, stream
 from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
 from torchcdm.runtime.validation import Count, checked
 
@@ -350,16 +350,16 @@ class _Points:
         if not self.by_class:
             return [x]
         model, level, size = self.model, self.levels[0], self.scoring.batch_size
-        x_0, generator = self.clean(x), stream(self.scoring.seed, "classes")
-        noise = torch.randn(x_0.shape, generator=generator, dtype=torch.float64).to(x_0.device)
+        x_0 = self.clean(x)
+        noise = normal(x_0.shape, stream(self.scoring.seed, "classes"), x_0.device)
         x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
         classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
         return [part if len(part := x[classes == k]) > 1 else x for k in range(len(self.shares))]
 
     def noised(self, x_0: Tensor) -> Tensor:
         """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
-        noise = torch.randn(len(self.levels), *x_0.shape, generator=self.generator, dtype=torch.float64)
-        return self.model.schedule.perturb(x_0.expand_as(noise), torch.tensor(self.levels), noise.to(x_0.device))
+        noise = normal((len(self.levels), *x_0.shape), self.generator, x_0.device)
+        return self.model.schedule.perturb(x_0.expand_as(noise), torch.tensor(self.levels), noise)
 
     def clean(self, x: Tensor) -> Tensor:
         """Data as a noisy level sees them, model units."""

@@ -49,11 +49,8 @@ BINS, PSEUDO, MOST_VALUES = 64, 0.3, 4096
 class MeasuredStep:
     """What data have shown of the numbers x_0 given those denoised at a level.
 
-    Attributes:
-        level: The level.
-        edges: Between the bins of the denoised value, model units, (bins - 1,).
-        variances: Mean squared error in each bin, (bins,).
-        table: log P(k) of the grey levels in each bin, (bins, values); None for the tilted decoder.
+    The ``edges`` are between bins of the denoised value, model units, (bins - 1,), ``variances`` mean squared errors
+    in each, (bins,), and the ``table`` log P(k) of its grey levels, (bins, values); None for the tilted decoder.
     """
 
     level: int
@@ -97,11 +94,8 @@ class MeasuredStep:
 class Restricted:
     """A normalised density at the level of the last of its ``steps``, which rise, and a chain below it.
 
-    Attributes:
-        steps: Of the chain; the last of them, at the level of the density, decodes alone in one pass.
-        fence: Of each class, or one.
-        log_z: log Z of each, nats, or upper ends of it, (classes,).
-        mean: Mean of the Gaussian, (*shape), and its ``variances`` in the cosine basis, (d,).
+    The last step decodes alone in one pass. Each class has a ``fence``, or all have one, and a ``log_z``, nats, or an
+    upper end of it, (classes,). The Gaussian has a ``mean``, (*shape), and ``variances`` in the cosine basis, (d,).
     """
 
     steps: Sequence[MeasuredStep]

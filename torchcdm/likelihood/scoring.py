@@ -104,12 +104,8 @@ def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> 
 
 
 class ScoredBatch:
-    """Those samples of ``x`` (N, *shape), data units, that ``rows`` says, on their way into a network.
-
-    Attributes:
-        x: Data units, float64 (B, *shape), on the model's device as all that follows.
-        y: Labels, or None.
-    """
+    """Those samples of ``x`` (N, *shape), data units, that ``rows`` says, on their way into a network: ``x`` in
+    float64 and labels ``y``, or None, on the model's device, as all that follows."""
 
     def __init__(self, model: Denoiser, x: Tensor, y: Tensor | None, rows: slice, seed: int) -> None:
         self.transform, self.schedule, self.rows, self.seed = model.transform, model.schedule, rows, seed
