@@ -9,7 +9,7 @@ from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal, r
 from scipy.stats import betabinom
 
 from studies.exact import GaussianMixture
-from torchcdm import ClassificationDiffusion, UserError
+from torchcdm import ClassificationDiffusion, UserError, load
 from torchcdm.apps.anomaly import AnomalyDetector
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.units import DataTransform
@@ -127,6 +127,16 @@ def test_rates_that_cannot_be_kept_are_refused(blank, n, fpr, message):
 def test_a_reference_without_two_parts_is_refused(model):
     with pytest.raises(UserError, match="the reference holds 1 samples"):
         AnomalyDetector("log_prob", model).fit(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["levels", "typicality"])
+def test_a_reference_without_density_is_refused(name):
+    """Samples that are not rounded have noise on their grey levels; a second draw of it leads beyond the cells."""
+    model = load("zoo:digits")
+    drawn = model.sample(30, steps=4, seed=1)
+    with pytest.raises(UserError, match="samples of the reference is not finite; .* round noisy grey levels"):
+        AnomalyDetector(name, model).fit(drawn)
+    assert AnomalyDetector(name, model).fit(model.transform.quantize(drawn)).calibration.isfinite().all()
 
 
 # --- files -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from torchcdm.apps import plots
 from torchcdm.errors import UserError
@@ -19,6 +20,15 @@ def test_the_suffix_names_the_format(tmp_path, suffix, starts):
     path = tmp_path / f"new/histogram{suffix}"
     plots.score_histogram(scores, 2 * scores, 0.9, "log_prob", path)
     assert path.read_bytes().startswith(starts)
+
+
+def test_all_scores_lie_within_the_bars(tmp_path, monkeypatch):
+    """Those of the commands: double precision of normal data, single precision of inputs, and an outlier."""
+    normal = torch.linspace(1.1, 3.3, 40, dtype=torch.float64)
+    bars, hist = [], Axes.hist
+    monkeypatch.setattr(Axes, "hist", lambda *given, **more: bars.append(hist(*given, **more)))
+    plots.score_histogram(normal, torch.tensor([1.1, 3.3, 1e30]), 1.9, "levels", tmp_path / "scores.png")
+    assert [float(heights.sum()) for heights, *_ in bars] == pytest.approx([1, 1], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["histogram", "histogram.xyz", "histogram.PNG.exe"])

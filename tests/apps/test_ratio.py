@@ -143,6 +143,9 @@ def test_weights_by_hand():
     clipped = np.minimum(np.arange(1.0, 102.0), 91)
     np.testing.assert_allclose(importance_weights(log_ratio, clip=0.9), clipped / clipped.mean(), rtol=1e-12)
     np.testing.assert_allclose(importance_weights(log_ratio + 5000, clip=1), importance_weights(log_ratio), rtol=1e-9)
+    # However far above the quantile a sample lies.
+    far = importance_weights(np.append(np.zeros(999), 1000.0), clip=0.99)
+    np.testing.assert_allclose(far, np.ones(1000))
     for clip in (0, -0.1, 1.01):
         with pytest.raises(UserError, match=f"clip is {clip}; it is a quantile"):
             importance_weights(log_ratio, clip)

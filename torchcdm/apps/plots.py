@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
-LEVEL = "level t"
 
 
 def training_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -44,7 +43,7 @@ def level_errors(per_level: Mapping[str, Sequence[float | None]], path: Path) ->
         for ax, (name, values) in zip(axes, per_level.items(), strict=True):
             inner = list(enumerate(values))[1:-1] if name == "mse" else list(enumerate(values))
             ax.plot(*zip(*[point for point in inner if point[1] is not None], strict=True))
-            ax.set(xlabel=LEVEL, ylabel=name)
+            ax.set(xlabel="level t", ylabel=name)
 
 
 def gaps_to_flow(gaps: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -54,23 +53,25 @@ def gaps_to_flow(gaps: Mapping[str, Sequence[float]], path: Path) -> None:
         ax.fill_between(gaps["levels"], mean - sd, mean + sd, alpha=0.3)
         ax.plot(gaps["levels"], mean)
         ax.axhline(0, color="0.7", linestyle="--")
-        ax.set(xlabel=LEVEL, ylabel="NLL, one pass - flow, nats")
+        ax.set(xlabel="level t", ylabel="NLL, one pass - flow, nats")
 
 
 def score_histogram(normal: Tensor, scores: Tensor, threshold: float, name: str, path: Path) -> None:
     """Scores of inputs (N,) beside those of held-out ``normal`` data (n,); the threshold of flags as a dashed line."""
-    together = torch.cat([normal, scores])
+    # In double precision: the least and the largest would lie beyond edges that were rounded.
+    sides = {"held-out normal": normal.double(), "inputs": scores.double()}
+    least, largest = (float(end) for end in torch.cat(list(sides.values())).aminmax())
     # Far outliers would squeeze everything else into one bar: they share the last one.
-    high = min(float(together.max()), float(normal.min()) + 3 * (threshold - float(normal.min())))
-    edges = torch.linspace(float(together.min()), high, 50).tolist()
-    with panels(path) as axes:
-        for values, label in ((normal, "held-out normal"), (scores, "inputs")):
-            shares = torch.full((len(values),), 1 / len(values)).tolist()
-            axes[0].hist(values.clamp_max(high).tolist(), edges, weights=shares, alpha=0.6, label=label)
-        axes[0].axvline(threshold, color="black", linestyle="--", linewidth=0.8)
-        beyond = ", larger ones in the last bar" if float(together.max()) > high else ""
-        axes[0].set(xlabel=f"score '{name}'{beyond}", ylabel="share")
-        axes[0].legend()
+    high = min(largest, float(normal.min()) + 3 * (threshold - float(normal.min())))
+    with panels(path) as (ax,):
+        for label, values in sides.items():
+            shares = torch.full((len(values),), 1 / len(values)).numpy()
+            shown = values.clamp_max(high).numpy()
+            ax.hist(shown, 49, range=(least, high), weights=shares, alpha=0.6, label=label)
+        ax.axvline(threshold, color="black", linestyle="--", linewidth=0.8)
+        beyond = ", larger ones in the last bar" if largest > high else ""
+        ax.set(xlabel=f"score '{name}'{beyond}", ylabel="share")
+        ax.legend()
 
 
 def check_figure(path: Path) -> None:

@@ -24,10 +24,6 @@ from torchcdm.runtime.validation import ProperShare, checked
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
-HIGHEST = torch.finfo(torch.float64).max
-"""Score of inputs for which numbers overflow."""
-
-
 @final
 class AnomalyDetector:
     """A number for each input, higher for the more anomalous, compared with normal data that did not train the model.
@@ -86,8 +82,12 @@ class AnomalyDetector:
         return profiles[0] if len(profiles) == 1 else torch.stack([profile[:, 0] for profile in profiles], 1)
 
     def learn(self, features: Tensor) -> AnomalyDetector:
-        """Fits the score alone, to :meth:`features` of normal data."""
-        found = SCORES[self.name].learn(features, self._coarse)
+        """Fits the score alone, to :meth:`features` of normal data; UserError where they are not finite."""
+        learn, far = SCORES[self.name].learn, int((~features.isfinite().all(1)).sum())
+        if learn is not None and far:
+            what = f"log p of {far} samples of the reference is not finite"
+            raise UserError(f"{what}; leave out what is far from the training data, and round noisy grey levels")
+        found = {} if learn is None else learn(features, self._coarse)
         # Contiguous as they are read from a file: rounding depends on the layout in memory.
         self.fitted = {key: value.contiguous() for key, value in found.items()}
         # Now, not when it is saved: the model may be trained in between.
@@ -98,7 +98,7 @@ class AnomalyDetector:
         """Scores of :meth:`features`."""
         scores = SCORES[self.name].apply(features, self._coarse, self._known(self.fitted))
         # Far outside the data a density overflows; what it is then, inf or nan, must not pass for normal.
-        return scores.nan_to_num(nan=HIGHEST, posinf=HIGHEST)
+        return scores.nan_to_num(nan=torch.finfo(torch.float64).max)
 
     def _known(self, part: Any) -> Any:
         """What a fit gives, once there was one."""

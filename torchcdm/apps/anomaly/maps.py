@@ -23,14 +23,9 @@ from torchcdm.random import stream
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
-FLOOR = 0.1
-"""Share of the mean deviation that is added to that of every place: some never vary in the reference."""
-
-LARGEST = 500
-"""Reference samples that are used at most."""
-
-USUAL = 0.95
-"""Share of normal inputs whose map stays below the limit everywhere."""
+FLOOR = 0.1  # share of the mean deviation that is added to that of every place: some never vary in the reference
+LARGEST = 500  # reference samples that are used at most
+USUAL = 0.95  # share of normal inputs whose map stays below the limit everywhere
 
 
 @final
@@ -62,10 +57,8 @@ class AnomalyMap:
     _mean: Tensor | None = field(default=None, init=False)
 
     def fit(self, reference: Tensor) -> AnomalyMap:
-        """Learns what errors are normal of a ``reference`` that the model was not trained on, data units, (N, *shape).
-
-        At most 500 samples are used. Returns itself; errors as of :func:`torchcdm.apps.anomaly.scores.as_samples`.
-        """
+        """Learns what errors are normal, of at most 500 samples of a ``reference`` that the model was not trained on,
+        data units, (N, *shape); UserError as of :func:`torchcdm.apps.anomaly.scores.as_samples`."""
         reference = as_samples(self.model, reference, 2)
         return self.learn(self.errors(reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]))
 
@@ -78,17 +71,15 @@ class AnomalyMap:
 
         Draws, the same for every input, come in pairs of opposite noise, in whose mean what is odd in it cancels.
         """
-        x, model, schedule = as_samples(self.model, x), self.model, self.model.schedule
+        model, schedule = self.model, self.model.schedule
         levels = [int((schedule.ratio[1:-1] - ratio).abs().argmin()) + 1 for ratio in self.ratios]
-        pairs = 2 if x.ndim == 4 else 4
-        half = torch.randn(pairs, *x.shape[1:], generator=stream(0, "maps"), dtype=torch.float64)
-        noise = torch.cat([half, -half])
 
         def of(z: Tensor) -> Tensor:
             z = z if model.transform is None else model.transform(z)
-            found = []
+            pairs, found = 2 if z.ndim == 4 else 4, []
+            half = torch.randn(pairs, *z.shape[1:], generator=stream(0, "maps"), dtype=torch.float64).to(z)
             for t in levels:
-                x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in noise.to(z)]
+                x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in (*half, *-half)]
                 found.append((torch.stack(x_0).mean(0) - z).double())
             return torch.stack(found, 1).cpu()
 

@@ -29,20 +29,16 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers, codes_of
 from torchcdm.random import stream
 
-COARSE_NOISE = 0.5
-"""Noise, in model units, that leaves the coarse picture: data have a scale of about one."""
-
 Fitted = Mapping[str, Tensor]
 """What a score learned from the reference, by name."""
 
-COUNTS = (1, 2, 4, 8, 16)
-"""Numbers of Gaussians that are tried."""
+COARSE_NOISE = 0.5  # in model units, leaves the coarse picture: data have a scale of about one
+COUNTS = (1, 2, 4, 8, 16)  # numbers of Gaussians that are tried
+HELD_OUT = 4  # one profile in so many chooses among them
+FOLDS = 5  # parts by which distances of normal data are taken
 
-HELD_OUT, FOLDS = 4, 5
-"""One profile in so many chooses among them; distances of normal data are taken by so many parts."""
-
-MOST_INCREMENTS, MOST_POSTERIORS = 512, 128
-"""Finer schedules have increments over two or more levels each; posteriors of many classes are those of few levels."""
+MOST_INCREMENTS = 512  # of finer schedules they are over two or more levels each
+MOST_POSTERIORS = 128  # of many classes they are those of few levels
 
 
 def level_profile(model: DensityModel, x: Tensor, posteriors: bool = False) -> Tensor:
@@ -81,11 +77,8 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
 
 
 def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> Tensor:
-    """Samples (N, *shape) for the model as a tensor on the CPU.
-
-    UserError where they are no finite numbers, have another shape or range of grey levels, or are fewer than
-    ``smallest``, as ``what`` needs.
-    """
+    """Samples (N, *shape) for the model, a tensor on the CPU; UserError where they are no finite numbers, have another
+    shape or range of grey levels, or are fewer than ``smallest``, as ``what`` needs."""
     x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
     model.check_inputs(x, data=True)
     if model.transform is not None:
@@ -191,11 +184,11 @@ def deviation(values: Tensor) -> Tensor:
 class Kind(NamedTuple):
     """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2 or more), and of the coarse level.
 
-    Of profiles of the reference, at least ``smallest_reference``, ``learn`` makes what ``apply`` needs beside.
+    Of profiles of the reference, at least ``smallest_reference``, ``learn`` makes what ``apply`` needs beside, if any.
     """
 
     apply: Callable[[Tensor, int, Fitted], Tensor]
-    learn: Callable[[Tensor, int], Fitted] = lambda log_p, coarse: {}
+    learn: Callable[[Tensor, int], Fitted] | None = None
     smallest_reference: int = 1
 
 

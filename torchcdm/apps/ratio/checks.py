@@ -12,14 +12,10 @@ from scipy.special import expit, logsumexp, softmax
 
 from torchcdm.errors import UserError
 
-SEPARATE = 0.1
-"""Log loss, nats, below which the sources hardly overlap."""
-
-FEWEST = 10
-"""Effective samples below which a weighted mean is that of a few; of fewer than twice as many, half of them."""
-
-WITHIN, PRIOR_ROWS = 3.0, 30
-"""Deviations of the target up to which balanced weights see a column, and rows that their prior counts as."""
+SEPARATE = 0.1  # log loss, nats, below which the sources hardly overlap
+FEWEST = 10  # effective samples below which a weighted mean is that of a few; half of them where there are few
+WITHIN = 3.0  # deviations of the target up to which balanced weights see a column
+PRIOR_ROWS = 30  # rows that the prior of balanced weights counts as
 
 
 def effective_sample_size(weights: Any) -> float:
@@ -51,8 +47,8 @@ def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.n
     """exp(log ratio) over its mean: float64 (N,) with mean 1; ``clip`` as in the method. UserError if infinite."""
     check_clip(clip)
     log_ratio = as_floats(log_ratio, "the log ratios")
-    limit = np.inf if clip is None else np.quantile(log_ratio, clip)
-    weights = np.exp(np.minimum(log_ratio, limit) - log_ratio.max())
+    limit = log_ratio.max() if clip is None else np.quantile(log_ratio, clip)
+    weights = np.exp(np.minimum(log_ratio, limit) - limit)
     return weights / weights.mean()
 
 
