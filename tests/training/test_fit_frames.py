@@ -56,6 +56,9 @@ def test_the_row_counter_of_a_file_is_no_column(tmp_path):
     density.notes_ = []
     assert density._describe(data_frame(read, "the table"), "the table").names == ("a", "b")
     assert density.notes_ == [f"the table: {note}"]
+    density = CDMDensity(steps=1, device="cpu", random_state=0).fit(read)
+    assert density.n_features_in_ == 2 and list(density.feature_names_in_) == ["a", "b"]
+    np.testing.assert_array_equal(density.score_samples(frame.to_numpy()), density.score_samples(frame))
     # Neither other names nor other numbers are those of a counter.
     for other in (read.rename(columns={"Unnamed: 0": "year"}), read.assign(**{"Unnamed: 0": read["a"]})):
         assert len(from_object(other).transform.table.names) == 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,24 +47,13 @@ from torchcdm.units.table import Encoded
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COPIES, COPIED_ROWS = 20, 200_000
-"""A table with cells is trained on so many noisy copies, or so many rows in all, whichever is less."""
-
-DRAWS = 8
-"""Draws of the dequantisation noise that a score is averaged over."""
-
+COPIES, COPIED_ROWS = 20, 200_000  # noisy copies of a table with cells, and rows of all of them, to train on at most
+DRAWS = 8  # draws of the dequantisation noise that a score is averaged over
 SMALLEST_TABLE = 10
-SMALL, LARGE = 3_000, 50_000
-"""Rows up to which, and from which on, a table is small or large: see :meth:`TableEstimator._sized`."""
-
-WATCHED_ROWS = 2000
-"""Noisy copies of validation rows that early stopping sees at least."""
-
-LARGEST_BATCH = 2**17
-"""Rows in a step, at most: all of them are in memory at once."""
-
-UNUSED = ("data", "sampling", "report", "train.seed")
-"""Fields without effect on an estimator, which has parameters for some of them."""
+SMALL, LARGE = 3_000, 50_000  # rows up to which, and from which on, a table is small or large
+WATCHED_ROWS = 2000  # noisy copies of validation rows that early stopping sees at least
+LARGEST_BATCH = 2**17  # rows in a step, at most: all of them are in memory at once
+UNUSED = ("data", "sampling", "report", "train.seed")  # fields without effect: parameters stand for some of them
 
 Likelihood = Literal["one-pass", "flow"]
 
@@ -99,7 +88,8 @@ class TableEstimator(BaseEstimator):
         columns_: The columns and their codes, a :class:`torchcdm.units.TableEncoding`.
         notes_: What was read off the table, one sentence each.
         validation_indices_: Rows of the training table that early stopping watched.
-        n_features_in_: Columns of the table.
+        n_features_in_: Number of columns of the table.
+        feature_names_in_: Their names, where the table of a density or an outlier detector was a data frame.
     """
 
     clock: ClassVar[Callable[[], float]] = time.monotonic
@@ -274,6 +264,10 @@ class TableEstimator(BaseEstimator):
         self.model_, self._info = load(folder, device).double(), info
         return self
 
+    def _noisy(self, codes: Tensor) -> Iterator[Tensor]:
+        """Codes (N, kept) under each draw of the dequantisation noise."""
+        return (spread(codes, noise, self.columns_.cells) for noise in self._noise)
+
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> Tensor:
         """Codes that the model draws, float64 (n, kept)."""
         # In float32, which takes two thirds of the time and moves a draw in its seventh digit.
@@ -298,12 +292,10 @@ class TableEstimator(BaseEstimator):
 class DensityEstimator(TableEstimator):
     """An estimator that gives the log-density of rows; parameters as in :class:`CDMDensity`."""
 
-    share_: ClassVar[float] = 1.0
-    """Of what the network adds to its start, so much counts in one pass."""
-
+    share_: ClassVar[float] = 1.0  # of what the network adds to its start, so much counts in one pass
     likelihood: Likelihood = "one-pass"
 
-    def _log_density(self, found: Encoded, draws: list[Tensor], context: np.ndarray | None = None) -> np.ndarray:
+    def _log_density(self, found: Encoded, draws: Iterable[Tensor], context: np.ndarray | None = None) -> np.ndarray:
         """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q).
 
         The flow's is the normalised density at level 1: that of data blurred by a hundredth of a column's deviation.

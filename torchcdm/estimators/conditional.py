@@ -29,16 +29,12 @@ from torchcdm.estimators.smooth import SmoothRegression, fit_smooth
 from torchcdm.runtime.validation import Count, ProperShare, read_as, shown
 from torchcdm.units import ColumnTransform, TableEncoding, transform_from_config
 from torchcdm.units.frames import is_frame
-from torchcdm.units.lattice import Cells, cell_width, spread
+from torchcdm.units.lattice import Cells, cell_width
 
-REPEATED = 5
-"""Rows for each distinct value of a column of x, at least, for it to go by the ranks of its values."""
-
-PARTICLES, MOVES, REGION = 1000, 2, 10_000
-"""Of draws given several x together: least number, moves a step; draws of a region."""
-
-ROUNDS = 20
-"""So often draws are made again where the prior has mass at none of them."""
+REPEATED = 5  # rows for each distinct value of a column of x, at least, for it to go by the ranks of its values
+PARTICLES, MOVES = 1000, 2  # of draws given several x together: least number, moves a step
+REGION = 10_000  # draws that say what a region is
+ROUNDS = 20  # so often draws are made again where the prior has mass at none of them
 
 FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
 """Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
@@ -76,13 +72,10 @@ class CDMConditional(DensityEstimator):
     _saved |= {"_centre": lambda parts: SmoothRegression(*map(np.array, parts)), "_normalizer": np.array}
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
-        """Trains the model. A fit that fails leaves the estimator as it was.
+        """Trains the model on parameters ``theta`` (N, p) or (N,) and what was observed or simulated with them, ``x``
+        (N, q) or (N,), of which the network sees a number for each level of a text.
 
-        Args:
-            theta: Parameters (N, p) or (N,), at least ten rows: a data frame as it comes; of an array finite numbers.
-            x: Observed or simulated with them, (N, q) or (N,). The network sees a number for each level of a text.
-
-        Errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
+        Tables and errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
         """
         with all_or_nothing(self):
             self._check(conditional=True)
@@ -153,7 +146,7 @@ class CDMConditional(DensityEstimator):
         log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
         centre = torch.from_numpy(self._centre(context))
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
-        draws = [spread(theta, noise, self.columns_.cells) for noise in self._noise]
+        draws = list(self._noisy(theta))
         log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
         residuals = [self._units(rows) - centre for rows in draws]
         log_p = self._log_density(found, residuals, context) + log_det.numpy() - log_z

@@ -21,17 +21,12 @@ from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.runtime.validation import Count, read_as
-from torchcdm.units.frames import as_frame, is_frame
-from torchcdm.units.lattice import spread
+from torchcdm.units.frames import is_frame
 from torchcdm.units.table import Encoded
 
-DRAWS = 20_000
-
-SHARES = (1.0, 0.5, 0.25, 0.0)
-"""Of what the network adds to the log density of its start, so much is tried."""
-
-ESTIMATES = 200
-"""Independent estimates of Z from all draws, from whose spread the error comes."""
+SHARES = (1.0, 0.5, 0.25, 0.0)  # of what the network adds to the log density of its start, so much is tried
+DRAWS = 20_000  # draws that Z is estimated from
+ESTIMATES = 200  # independent estimates of Z from all draws, from whose spread the error comes
 
 WIDE = 0.3
 """Half of the draws come from the base density blurred by so much noise, beside the data's scale: the model may have
@@ -39,34 +34,23 @@ mass where the base has little, and draws from there alone would never see it.""
 
 
 class TableDensity(TableEstimator):
-    """A model of the rows of one table; what :class:`CDMDensity` and the outlier detector share.
-
-    Attributes:
-        feature_names_in_: Names of the columns of a data frame.
-    """
+    """A model of the rows of one table; what :class:`CDMDensity` and the outlier detector share."""
 
     _saved: ClassVar = TableEstimator._saved | {"feature_names_in_": partial(np.array, dtype=object)}
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Trains the model. A fit that fails leaves the estimator as it was.
+        """Trains the model on a table (N, columns) of at least ten rows; ``y`` is ignored.
 
-        Args:
-            X: Table (N, columns), at least ten rows: a data frame as it comes, with texts, dates, booleans and missing
-                cells; of an array finite numbers.
-            y: Ignored.
-
-        Raises:
-            ValueError: Values of an array that are not finite numbers, fewer than ten rows.
-            TypeError: A sparse matrix.
-            UserError: Columns that :class:`torchcdm.units.TableEncoding` refuses, or wrong parameters.
+        A data frame as it comes, with texts, dates, booleans and missing cells; of an array finite numbers. ValueError
+        for others or fewer rows, TypeError for a sparse matrix, UserError for wrong parameters, or columns that
+        :class:`torchcdm.units.TableEncoding` refuses. A fit that fails leaves the estimator as it was.
         """
         with all_or_nothing(self):
             self._check()
             self._framed = is_frame(X)
-            if self._framed:
-                X = as_frame(X)  # a series has no columns for scikit-learn to count
-                validate_data(self, X, skip_check_array=True)
             frame = data_frame(X, "the table", check=partial(validate_data, self))
+            if self._framed:
+                validate_data(self, frame, skip_check_array=True)
             self.notes_ = []
             seed = self._seed()
             self.columns_ = self._describe(frame, "the table")
@@ -102,7 +86,6 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
     Attributes:
         share_: Of what the network adds to its start, the share, 0 to 1, under which held-out rows are likeliest.
         normalizer_: The estimated integral of that density, a :class:`torchcdm.likelihood.LogZ`.
-        feature_names_in_: Names of the columns of a data frame.
         model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
@@ -114,26 +97,20 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
     _saved: ClassVar = TableDensity._saved | {"normalizer_": lambda fields: LogZ(**fields), "share_": float}
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """log p of each row, nats in the units of the table.
+        """log p of each row of a table (N, columns), nats in its units, float64 (N,); columns with names go by these.
 
         Where values have cells it is the mean over draws of the dequantisation noise: a probability of texts, missing
         cells and values that come back, a density of all other numbers. Constant columns have no part in it.
-
-        Args:
-            X: Table (N, columns); of a data frame the columns go by name.
-
-        Returns:
-            float64 (N,).
         """
         found = self._encoded(X)
-        log_p = self._log_density(found, [spread(found.x, noise, self.columns_.cells) for noise in self._noise])
+        log_p = self._log_density(found, self._noisy(found.x))
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" else log_p
 
     @torch.no_grad()
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         """Finds the share of what the network adds under which held-out rows are most probable, normalised."""
         model, shares = self.model_, torch.tensor(SHARES, dtype=torch.float64)
-        z = model.transform(spread(held_out, self._noise[0], self.columns_.cells).to(model.schedule.alpha.device))
+        z = model.transform(next(self._noisy(held_out)).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
         added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
         log_z = torch.tensor([one.value if one.usable else torch.inf for one in found])
@@ -147,14 +124,10 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         return float(self.score_samples(X).mean())
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Any:
-        """New rows: columns of few values rounded to these, constant columns filled in.
+        """New rows: a data frame where one was fitted, float64 (n_samples, columns) else.
 
-        Args:
-            n_samples: Number of rows.
-            random_state: Seed; the estimator's own when None.
-
-        Returns:
-            A data frame where one was fitted, float64 (n_samples, columns) else.
+        Columns of few values are rounded to these, constant columns filled in. The seed is the estimator's own where
+        ``random_state`` is None.
         """
         check_is_fitted(self)
         read_as(Count, n_samples, "n_samples")

@@ -19,13 +19,9 @@ from torchcdm.estimators.density import TableDensity
 from torchcdm.runtime.validation import Float
 from torchcdm.training.config_files import merge
 from torchcdm.units import ColumnTransform, TableEncoding
-from torchcdm.units.lattice import spread
 
-FALSE_ALARMS = 0.05
-"""Share of held-out normal rows that ``contamination="auto"`` flags."""
-
-LOWEST = float(np.finfo(np.float32).min)
-"""Score of a row that differs where training did not vary: below all others, and finite for the sake of curves."""
+FALSE_ALARMS = 0.05  # share of held-out normal rows that ``contamination="auto"`` flags
+LOWEST = float(np.finfo(np.float32).min)  # of a row unlike all in training: below all others, finite for curves
 
 LONELY, BANDWIDTH, DENSITY_ROWS = 3, 2.0, 2000
 """So many times the outliers of a table, and at most half of its rows, are not learned: those with the least kernel
@@ -55,7 +51,6 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
     Attributes:
         offset_: Threshold: ``decision_function`` is ``score_samples`` less this.
         detector_: The fitted score with its calibration, a :class:`torchcdm.apps.anomaly.AnomalyDetector`.
-        feature_names_in_: Names of the columns of a data frame.
         model_: This and all further attributes: see :class:`torchcdm.estimators.base.TableEstimator`.
 
     Example:
@@ -119,11 +114,6 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
 
     def _scores(self, codes: Tensor) -> np.ndarray:
         return -torch.stack([self.detector_.score(rows) for rows in self._noisy(codes)]).mean(0).numpy()
-
-    def _noisy(self, codes: Tensor) -> list[Tensor]:
-        """The codes under each draw of the dequantisation noise, for the model."""
-        device = self.model_.schedule.alpha.device
-        return [spread(codes, noise, self.columns_.cells).to(device) for noise in self._noise]
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""

@@ -8,33 +8,19 @@ from typing import NamedTuple
 import numpy as np
 
 PENALTIES = np.geomspace(1e-2, 1e4, 13)
-WIDTHS = (0.1, 0.3, 1.0, 3.0)
-"""Kernels that are tried: exp(-width * mean squared distance)."""
-
-ROWS, LANDMARKS = 10_000, 400
-"""Rows that the smooth part is fitted to, and kernels that it is made of, at most."""
-
-LEVERAGE = 0.99
-"""Penalties that leave a row more weight than this in its own prediction are not tried."""
-
-LEFT = 0.9
-"""The smooth part of a column is kept where it leaves less than this of the variance."""
+WIDTHS = (0.1, 0.3, 1.0, 3.0)  # kernels that are tried: exp(-width * mean squared distance)
+ROWS, LANDMARKS = 10_000, 400  # rows that the smooth part is fitted to, and kernels that it is made of, at most
+LEVERAGE = 0.99  # penalties that leave a row more weight than this in its own prediction are not tried
+LEFT = 0.9  # the smooth part of a column is kept where it leaves less than this of the variance
 
 
 class SmoothRegression(NamedTuple):
-    """y (N, p) from x (N, q): linear, plus kernels exp(-|x axes - landmark|²).
+    """y (N, p) from x (N, q): linear, plus kernels exp(-|x axes - landmark|²)."""
 
-    Attributes:
-        weights: Of x and of one, (p, q + 1).
-        axes: (q, r).
-        landmarks: (M, r).
-        coefficients: Of the kernels, (M, p).
-    """
-
-    weights: np.ndarray
-    axes: np.ndarray
-    landmarks: np.ndarray
-    coefficients: np.ndarray
+    weights: np.ndarray  # of x and of one, (p, q + 1)
+    axes: np.ndarray  # (q, r)
+    landmarks: np.ndarray  # (M, r)
+    coefficients: np.ndarray  # of the kernels, (M, p)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         linear = x @ self.weights[:, :-1].T + self.weights[:, -1]
