@@ -22,16 +22,16 @@ import torchcdm
 from torchcdm.apps.explorer import COMBINED, Explorer, page, serve
 from torchcdm.cli import scoring
 from torchcdm.errors import UserError
-from torchcdm.training.checkpoint import ModelInfo, load, read_info
+from torchcdm.training.checkpoint import ModelInfo, load
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
 def explorer(name):
-    info, model = read_info(name), load(name)
-    source = info.read_source(model)
-    return Explorer(model, info, *(split.tensors(100)[0].float() for split in (source.validation, source.test)))
+    model = load(name)
+    source = model.info.read_source(model)
+    return Explorer(model, *(split.tensors(100)[0].float() for split in (source.validation, source.test)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_texts_and_dates_of_a_table_are_shown_and_typed(tmp_path):
                  sampling={"n": 0})  # fmt: skip
     model = load(tmp_path / "run")
     x = model.transform.table.encode(frame).x.float()
-    shown = Explorer(model, model.info, x, x)
+    shown = Explorer(model, x, x)
     rows = shown.cells(shown.examples[:2])
     assert rows[0][0] in ("red", "green") and rows[0][1].startswith("2020-")
     assert torch.equal(shown.row([rows[0]])[:, :1], shown.examples[:1, :1])

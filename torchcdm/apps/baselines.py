@@ -16,12 +16,9 @@ from torchcdm.diffusion.mixture import maximised
 from torchcdm.random import stream
 from torchcdm.units import DataTransform, LogLikelihood
 
-LARGEST_DIM, LARGEST_COUNT = 256, 5000
-"""More dimensions or training samples would take longer than the network."""
-
+LARGEST_DIM, LARGEST_COUNT = 256, 5000  # more dimensions or training samples would take longer than the network
 COMPONENTS = {"full": (2, 5, 10, 15), "diag": (10, 20, 40, 80)}
-BANDWIDTHS = np.geomspace(0.02, 2.0, 16)
-"""Model units: grey levels fill [-1, 1], continuous columns have unit deviation."""
+BANDWIDTHS = np.geomspace(0.02, 2.0, 16)  # model units: grey levels fill [-1, 1], continuous columns deviate by 1
 
 Candidates = Iterator[tuple[str, Any]]
 """Names with settings, and fitted models of scikit-learn; ``score_samples`` gives their log densities."""
@@ -37,10 +34,8 @@ class Baseline(NamedTuple):
 
 
 def baselines(source: DataSource, test: Tensor) -> list[Baseline]:
-    """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split.
-
-    ``test`` samples (N, *shape) are dequantised, in data units.
-    """
+    """Full-covariance Gaussian, kernel density and Gaussian mixture, chosen on the validation split, on samples of the
+    ``test`` split (N, *shape) that are dequantised, in data units."""
     transform, seed = source.transform, 0
     train, validation = training_arrays(source, seed)
     points = transform(test.double()).flatten(1).numpy()

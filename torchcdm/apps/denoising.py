@@ -23,11 +23,9 @@ from torchcdm.models.inputs import as_numbers, codes_of
 from torchcdm.runtime.validation import Count, Positive, checked
 from torchcdm.units import DataTransform
 
-COARSE = 12
-"""Levels of the first search, evenly spaced in log r."""
-
-BATCH, ESTIMATED = 256, 64
-"""Samples, or tiles of an image, at a time; those tiles, about, in which its noise is estimated."""
+COARSE = 12  # levels of the first search, evenly spaced in log r
+BATCH = 256  # samples, or tiles of an image, at a time
+ESTIMATED = 64  # tiles of an image, about, in which its noise is estimated
 
 
 def nearest_level(schedule: NoiseSchedule, ratio: Tensor) -> Tensor:
@@ -100,12 +98,11 @@ def denoise(
         level: Level 1 ... T whose noise the data have.
         noise_std: Standard deviation of the noise, data units. Neither given: the noise of each sample is estimated.
     """
-    x, transform = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device), model.transform
+    x = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device)
     model.check_inputs(x, data=True)
-    if transform is not None:
-        require_additive_noise(transform)
-    z = x if transform is None else transform(x)
-    z = z.to(working_dtype(model, z.dtype))
+    transform = DataTransform(x.shape[1:]) if model.transform is None else model.transform
+    require_additive_noise(transform)
+    z = transform(x).to(working_dtype(model, x.dtype))
     if level is not None and noise_std is not None:
         raise UserError("a level and a standard deviation of the noise are given; give one of them")
     if level is not None:
@@ -113,7 +110,7 @@ def denoise(
             raise UserError(f"level is {level}; it must be at most {model.schedule.T}")
         ratio = model.schedule.ratio[level].expand(len(z))
     elif noise_std is not None:
-        scale = 1.0 if transform is None else common_scale(transform)
+        scale = common_scale(transform)
         if scale is None:
             raise UserError("one noise deviation in data units, but the columns differ in scale; give a level instead")
         ratio = torch.full((len(z),), noise_std / scale, dtype=torch.float64, device=z.device)
@@ -123,7 +120,7 @@ def denoise(
     clean = model.denoise(model.schedule.at(t, z)[0] * z, t).x0
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
-    return clean if transform is None else transform.inverse(clean), ratio
+    return transform.inverse(clean), ratio
 
 
 @torch.no_grad()

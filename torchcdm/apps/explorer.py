@@ -21,7 +21,6 @@ from torchcdm.data.outputs import sheet
 from torchcdm.errors import UserError, needed
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
-from torchcdm.training.checkpoint import ModelInfo
 from torchcdm.units import TableEncoding
 
 if TYPE_CHECKING:
@@ -31,11 +30,8 @@ if TYPE_CHECKING:
 COMBINED = {"one of these": compose.any_of, "all of these at once": compose.all_of, "none of these": compose.none_of}
 """What can be made of several classes."""
 
-BAND = (0.05, 0.5, 0.95)
-"""Quantiles of normal data that are drawn beside an input."""
-
-PICTURE = 256
-"""Screen pixels of the side of an image."""
+BAND = (0.05, 0.5, 0.95)  # quantiles of normal data that are drawn beside an input
+PICTURE = 256  # screen pixels of the side of an image
 
 
 @final
@@ -43,17 +39,16 @@ PICTURE = 256
 class Explorer:
     """What the page shows, as numbers and pictures; nothing here needs a browser.
 
-    Of a model that is conditional on classes or on nothing, with what its folder says of it, normal data that did not
-    train it, and inputs to choose from, both data units (N, *shape).
+    Of a model of known data that is conditional on classes or on nothing, with normal data that did not train it, and
+    inputs to choose from, both data units (N, *shape).
     """
 
     model: DensityModel
-    info: ModelInfo
     reference: Tensor
     examples: Tensor
 
     def __post_init__(self) -> None:
-        self.model = require_density(self.model, "the page")
+        self.model, self.info = require_density(self.model, "the page"), self.model.info
         if self.model.context is not None:
             raise UserError("the page shows models of classes or of nothing; this one is conditional on a vector")
         self.images = len(self.info.transform.shape) == 3

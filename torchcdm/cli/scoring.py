@@ -147,7 +147,7 @@ def explore(options: argparse.Namespace) -> None:
     reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
     test = () if options.reference else model.info.read_source(model).test
     examples = test.tensors(EXAMPLES)[0].float() if test else reference
-    blocks = page(Explorer(model, model.info, reference, examples), options.model)
+    blocks = page(Explorer(model, reference, examples), options.model)
     print(f"{options.model}: {serve(blocks, options.port or 0)} (Ctrl+C stops it)", flush=True)
     blocks.block_thread()
 

@@ -8,18 +8,15 @@ from scipy.special import betaincinv, expit, logit
 
 from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 
+# How far each weight, their sum, and an offset in nats are expected to lie from those of the first estimate alone.
 WEIGHT, SUM, OFFSET = 0.5, 0.1, 0.05
-"""How far each weight, their sum, and an offset in nats are expected to lie from those of the first estimate alone."""
-
-ERRORS = 2.0
-"""Standard errors by which a blend that has to be proven gains on its first estimate alone."""
-
+ERRORS = 2.0  # standard errors by which a blend that has to be proven gains on its first estimate alone
+# Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay.
 UNLIKELY, EASILY = 0.01, 0.2
-"""Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay."""
 
 
 def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) -> list[float]:
-    """Weights of several estimates of a log ratio, and an offset in nats: (C + 1,).
+    """Weights of C estimates of a log ratio and an offset in nats, C + 1 numbers, from held-out samples.
 
     The weights are those of a logistic regression of the source on the estimates (stacking, Wolpert 1992; of one
     estimate, Platt 1999), none negative and their sum at most 1: from few training samples a log ratio is too certain.
@@ -27,10 +24,8 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) 
     sources hardly overlap that estimate stays unless the bounds of Donsker and Varadhan on KL(p, q) and KL(q, p) rise
     as well: a classifier that tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
 
-    Args:
-        numerator: Estimates at held-out samples of the numerator, (N, C).
-        denominator: Estimates at held-out samples of the denominator, (M, C).
-        proven: Whether the first estimate stays unless the blend gains :data:`ERRORS`, in the place of the prior.
+    Of the estimates at samples of the numerator, (N, C), and of the denominator, (M, C). To be ``proven``, the blend
+    has to gain :data:`ERRORS` on the first estimate, in the place of the prior.
     """
     count = numerator.shape[1]
     plain = np.eye(count + 1)[0]

@@ -7,7 +7,6 @@ little where the sources hardly overlap, so that held-out samples decide how far
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -27,20 +26,16 @@ MEMBERS, WIDTH, LAYERS = 4, 64, 3
 STEPS, BATCH, RATE, DECAY, EVERY = 1500, 256, 3e-3, 1e-2, 100
 """Most steps of AdamW, samples of each of them, largest rate, weight decay, and steps from one check to the next."""
 
-EDGES, EDGE_ROWS = (0.001, 0.999), 20_000
-"""Quantiles of a column beyond which rows count as lying there, and rows that they are measured on."""
-
-WORSE = 0.02
-"""Nats above its best at which a member has learned its training rows by heart."""
+EDGES = (0.001, 0.999)  # quantiles of a column beyond which rows count as lying there
+EDGE_ROWS = 20_000  # rows that these are measured on
+WORSE = 0.02  # nats above its best at which a member has learned its training rows by heart
 
 TREES, DEPTH, SHRINKAGE, PATIENCE = 300, 4, 0.05, 20
 """Most trees, their depth, how much of each is added, and trees without a gain that end the boosting."""
 
-TREE_ROWS, TREE_COLUMNS = 4000, 8
-"""Most rows and columns that a tree is grown from; at most half of them all."""
-
-MOST_ROWS, FEW = 50_000, 20
-"""Most rows that classifiers are trained on, and rows too few to hold some out for the end of the boosting."""
+TREE_ROWS, TREE_COLUMNS = 4000, 8  # most rows and columns that a tree is grown from; at most half of them all
+MOST_ROWS = 50_000  # rows that classifiers are trained on, at most
+FEW = 20  # rows too few to hold some out for the end of the boosting
 
 NODES = dict.fromkeys(("column", "left", "right"), torch.long) | dict.fromkeys(("threshold", "value"), torch.double)
 """What each node of each tree has; a leaf is its own left and right."""
@@ -122,7 +117,7 @@ def train(
         parameter.data = kept
 
 
-def grown(x: Tensor, y: Tensor, seed: int, until: float = math.inf) -> dict[str, Tensor]:
+def grown(x: Tensor, y: Tensor, seed: int, until: float = np.inf) -> dict[str, Tensor]:
     """Trees by gradient boosting (Friedman 2001) of rows (N, d), sources (N,): :data:`NODES`, each (nodes, trees)."""
     from sklearn.ensemble import GradientBoostingClassifier
 
@@ -149,12 +144,8 @@ def grown(x: Tensor, y: Tensor, seed: int, until: float = math.inf) -> dict[str,
 class Classifiers(nn.Module):
     """A committee of small networks, each trained on all folds of the rows but one, and boosted trees.
 
-    Sources of real tables are often told apart by thresholds.
-
-    Args:
-        columns: d.
-        nodes: Most nodes of a tree, and number of trees.
-        draw: As for :class:`Networks`.
+    Sources of real tables are often told apart by thresholds. Of rows with d ``columns``; the ``nodes`` are those of
+    the largest tree, and the number of trees; ``draw`` as for :class:`Networks`.
     """
 
     def __init__(self, columns: int, nodes: Sequence[int] = (0, 0), draw: Generator | None = None) -> None:
@@ -167,22 +158,24 @@ class Classifiers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Log odds of the committee and of the trees, float64 (N, 2), of rows (N, d)."""
-        return map_rows(lambda rows: self._both(x[rows]), len(x), dim=len(x.T), device=x.device)
+
+        def both(rows: slice) -> Tensor:
+            part = x[rows]
+            node = torch.zeros(len(part), self.value.shape[1], dtype=torch.long)
+            for _ in range(DEPTH):
+                below = part.double().gather(1, self.column.gather(0, node)) <= self.threshold.gather(0, node)
+                node = torch.where(below, self.left.gather(0, node), self.right.gather(0, node))
+            committee = self._members(part.expand(MEMBERS, -1, -1)).double().mean(0)
+            return torch.stack([committee, self.value.gather(0, node).sum(1)], 1)
+
+        return map_rows(both, len(x), dim=len(x.T), device=x.device)
 
     def _members(self, x: Tensor) -> Tensor:
         """Log odds (members, B) of rows (members, B, d); beyond the training rows as at their edge."""
         return self.committee(x.clamp(self.low, self.high))[..., 0]
 
-    def _both(self, x: Tensor) -> Tensor:
-        node = torch.zeros(len(x), self.value.shape[1], dtype=torch.long)
-        for _ in range(DEPTH):
-            below = x.double().gather(1, self.column.gather(0, node)) <= self.threshold.gather(0, node)
-            node = torch.where(below, self.left.gather(0, node), self.right.gather(0, node))
-        committee = self._members(x.expand(MEMBERS, -1, -1)).double().mean(0)
-        return torch.stack([committee, self.value.gather(0, node).sum(1)], 1)
-
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = math.inf) -> Classifiers:
+    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = np.inf) -> Classifiers:
         """Of rows (N, d) and their sources (N,), none of them a copy; ``steps`` are those of the ratio's network."""
         order = torch.randperm(len(x), generator=stream(seed, "classifiers"))
         if len(x) > MOST_ROWS:  # all of a source that is rare

@@ -7,7 +7,6 @@ that of a Gaussian for each source, in the units of the data whatever the coordi
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -23,27 +22,18 @@ from torchcdm.units import ColumnTransform, transform_from_config
 from torchcdm.units.warp import log_spread
 
 KNOTS = 24
-CURVE_ROWS = 8000
-"""Rows that curves are fitted to."""
-
+CURVE_ROWS = 8000  # rows that curves are fitted to
 ITERATIONS = 30
-ROUGHNESS = 3e-3
-"""Price of the bends of a curve: of the sum of squared second differences of its log slopes."""
+ROUGHNESS = 3e-3  # price of the bends of a curve: of the sum of squared second differences of its log slopes
 
-ROWS = 20_000
-"""Rows that components are fitted to, and on which coordinates are compared."""
+ROWS = 20_000  # rows that components are fitted to, and on which coordinates are compared
+WIDEST = 128  # columns up to which components are looked for, as their time grows with the square
+COMPONENT_ROWS = 20  # rows for each column, at least
+COMPONENT_ITERATIONS = 200
 
-WIDEST, COMPONENT_ROWS, COMPONENT_ITERATIONS = 128, 20, 200
-"""Columns up to which components are looked for, as their time grows with the square, and rows for each column."""
-
-COMMON = 0.01
-"""Share of the common covariance in that of each source: a column may be constant in one of them."""
-
-FARTHEST = 1e6
-"""Model units beyond which a query counts as lying there: squares of more overflow in the network."""
-
-ERRORS = 2.0
-"""Paired standard errors by which held-out likelihood must rise for another step."""
+COMMON = 0.01  # share of the common covariance in that of each source: a column may be constant in one of them
+FARTHEST = 1e6  # model units beyond which a query counts as lying there: squares of more overflow in the network
+ERRORS = 2.0  # paired standard errors by which held-out likelihood must rise for another step
 
 
 def unmixing(x: np.ndarray) -> np.ndarray:
@@ -59,12 +49,9 @@ def unmixing(x: np.ndarray) -> np.ndarray:
 
 @final
 class Unmixing:
-    """Independent components: z -> matrix (x - centre) of x in the data's own units, which a warp took to z.
+    """Independent components: z -> matrix (x - centre), (d, d) and (d,), of x in the data's own units.
 
-    Args:
-        matrix: (d, d).
-        centre: (d,).
-        warp: Configuration of the :class:`ColumnTransform`.
+    The ``warp`` is the configuration of the :class:`ColumnTransform` that took x to z.
     """
 
     NOTE: ClassVar = "independent components"
@@ -95,9 +82,7 @@ class Unmixing:
 class Curves:
     """An increasing curve for each column, its log slope linear between knots and constant beyond.
 
-    Args:
-        knots: Rising in each column, (K, d).
-        log_slopes: At the knots, (K, d).
+    The ``knots`` rise in each column, (K, d), and have the ``log_slopes``, (K, d).
     """
 
     NOTE: ClassVar = "a curve for each column"
@@ -116,10 +101,8 @@ class Curves:
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor) -> Curves:
-        """The curves under which each column of each source is most nearly normal, by penalised likelihood.
-
-        Of rows (N, d), float64, and their sources (N,).
-        """
+        """The curves under which columns of rows (N, d), float64, are most nearly normal for each of the sources (N,):
+        by penalised likelihood."""
         rows = evenly_spaced(len(x), CURVE_ROWS)
         x, y = x[rows], y[rows]
         knots = x.quantile(torch.special.ndtr(torch.linspace(-3, 3, KNOTS, dtype=torch.float64)), dim=0)
@@ -182,7 +165,7 @@ def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def best_steps(
-    train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform, until: float = math.inf
+    train: Tensor, y: Tensor, held_out: Tensor, held_out_y: Tensor, warp: ColumnTransform, until: float = np.inf
 ) -> Steps:
     """The steps under which held-out rows (M, d) are most probable; none where no step is worth its noise.
 

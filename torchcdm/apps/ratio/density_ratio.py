@@ -16,15 +16,9 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
+from torchcdm.apps.ratio import checks
 from torchcdm.apps.ratio.blending import blend, most
-from torchcdm.apps.ratio.checks import (
-    SEPARATE,
-    Calibration,
-    balanced,
-    effective_sample_size,
-    importance_weights,
-    log_loss,
-)
+from torchcdm.apps.ratio.checks import Calibration, effective_sample_size
 from torchcdm.apps.ratio.classifiers import Classifiers
 from torchcdm.apps.ratio.coordinates import FARTHEST, STEPS, Steps, best_steps, through
 from torchcdm.apps.ratio.information import FEW, Estimate, TwoSampleTest, divergence, two_sample_test
@@ -45,23 +39,19 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
 from torchcdm.units.lattice import Discrete
 
-RARE, LIMIT_ROWS = 1e-3, 20_000
-"""Share of a data set below which a density counts as rare there, and training samples on which that is measured."""
+RARE = 1e-3  # share of a data set below which a density counts as rare there
+LIMIT_ROWS = 20_000  # training samples on which that is measured
 
 LAYER = {"model": {"labels": "joint", "class_gaussians": True}, "loss": {"label_dropout": 0.0}}
 """What is set on top of the preset for vectors or images."""
 
-SETTINGS = ("random_state", "discrete", "preset", "overrides")
-"""Arguments that a saved ratio keeps."""
+SETTINGS = ("random_state", "discrete", "preset", "overrides")  # arguments that a saved ratio keeps
 
-OF_DATA = {"size", "channels", "skip_bad", "validation_fraction", "dequantize"}
-"""Fields of the data that count."""
+OF_DATA = {"size", "channels", "skip_bad", "validation_fraction", "dequantize"}  # fields of the data that count
 
+FEW_VECTORS = 20_000  # training samples up to which vectors are few
 VECTORS = {"train": {"steps": 600, "lr": 2e-3, "patience": 4}}
 """On top of the preset for few vectors: what is left for the network beside the coordinates is learned soon."""
-
-FEW_VECTORS = 20_000
-"""Training samples up to which that holds."""
 
 
 class Scores(NamedTuple):
@@ -80,21 +70,18 @@ class DensityRatio:
     difference at level 0 is a log ratio. Vectors whose sources overlap need no levels in between: unless the network
     has a preset or settings of one's own, only classifiers of the source are trained there. The log ratio is a blend
     of Gaussians, network and classifiers: held-out samples tell how far each is followed, see
-    :func:`torchcdm.apps.ratio.blending.blend`. An override ``max_seconds`` bounds the whole fit.
+    :func:`torchcdm.apps.ratio.blending.blend`. An override ``max_seconds`` bounds the whole fit. UserError for
+    arguments of the wrong type, or out of their range.
 
     Args:
         random_state: Seed of everything random.
-        discrete: Columns with few distinct values: ``dequantize`` or ``error``, see
-            :func:`torchcdm.data.pairs.pair_up`.
+        discrete: ``dequantize`` or ``error``: columns of few values, see :func:`torchcdm.data.pairs.pair_up`.
         preset: ``mlp`` for vectors and ``encoder`` for images when None.
         device: ``cpu``, ``cuda``, ``cuda:1``; the best there is when None.
         progress: Shows a progress bar.
         **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
             (``model={"gaussian": False}``). Of ``data`` count ``size`` and ``channels`` that images are converted to,
             ``skip_bad``, ``dequantize``, and ``validation_fraction``, the share of each that is held out.
-
-    Raises:
-        UserError: An argument of the wrong type, or out of its range.
 
     Attributes:
         notes: What was read off the data, one sentence each.
@@ -110,15 +97,7 @@ class DensityRatio:
         >>> ratio.effective_sample_size(weights)
     """
 
-    notes: tuple[str, ...]
-    counts: tuple[int, int]
-    blend: dict[str, float]
-    held_out: Calibration
-    _held_out: tuple[list[float], list[float]]
-    _limits: np.ndarray
     _warp: ColumnTransform | None = None
-    _steps: Steps
-
     _saved: ClassVar[Readers] = {
         "notes": tuple, "counts": tuple, "blend": dict, "held_out": partial(read_as, Calibration), "_held_out": tuple,
         "_limits": partial(np.array, dtype=np.float64),
@@ -193,8 +172,9 @@ class DensityRatio:
             steps, until = config.train.steps, began + limit / 2
             self._classifiers = Classifiers.fit(*_once(pair, "train"), steps, self.random_state, until)
             sides = [self._classifiers(part).numpy() for part in held_out]
-            overlap = min(log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)) > SEPARATE
-            network = bool(self.preset or self.overrides.keys() - {"data", "max_seconds"}) or not overlap
+            losses = [checks.log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)]
+            asked = bool(self.preset or self.overrides.keys() - {"data", "max_seconds"})
+            network = asked or min(losses) <= checks.SEPARATE
         steps = config.train.steps if network else 1
         left = None if limit == math.inf else max(began + limit - time.monotonic(), 1e-3)  # one step at least
         config = replace(config, train=replace(config.train, steps=steps, max_seconds=left))
@@ -253,11 +233,8 @@ class DensityRatio:
     def scores(self, x: Any) -> Scores:
         """Names, log ratios and whether they are extrapolation, from one pass.
 
-        Args:
-            x: (N, d) or (N, C, H, W), or anything else that :meth:`fit` takes; a table needs the fitted columns.
-
-        Raises:
-            UserError: Not fitted, or data that do not go with the fitted ones.
+        ``x`` is (N, d) or (N, C, H, W), or anything else that :meth:`fit` takes; a table needs the fitted columns.
+        UserError for data that do not go with the fitted ones, or where nothing is fitted.
         """
         self._check_fitted()
         values, names, deviating, _ = read_query(x, self._model.info.transform, self._warp, self._options)
@@ -285,10 +262,10 @@ class DensityRatio:
             balance: Samples of the numerator whose means the weighted samples get, of each pixel or of each column
                 bent towards a normal; nearly, see :func:`torchcdm.apps.ratio.checks.balanced`.
         """
-        weights = importance_weights(self.log_ratio(x), clip)
+        weights = checks.importance_weights(self.log_ratio(x), clip)
         if balance is not None:
             sides = (read_query(side, self._model.info.transform, self._warp, self._options) for side in (x, balance))
-            weights = balanced(weights, *(side.x.flatten(1).double().numpy() for side in sides))
+            weights = checks.balanced(weights, *(side.x.flatten(1).double().numpy() for side in sides))
         if (size := effective_sample_size(weights)) < min(FEW, len(weights) / 10):
             warn(f"{size:.0f} of {len(weights)} samples carry the weights p/q; clip them")
         return weights
@@ -313,8 +290,7 @@ class DensityRatio:
         """How far p is from q, with a standard error and reasons not to trust it.
 
         Args:
-            kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` Jensen and Shannon's (at most
-                log 2), ``chi2`` E_p p/q - 1.
+            kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` of at most log 2, ``chi2`` E_p p/q - 1.
             numerator: Fresh samples of p; those that were held out of the fit when None.
             denominator: Fresh samples of q; both or neither, else a UserError.
         """

@@ -7,7 +7,6 @@ products of the two, that correlate most with such directions of y. Rotations by
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,26 +25,19 @@ from torchcdm.random import derive, stream
 STEPS, RATE, DECAY, RANK = 600, 5e-3, 0.5, 16
 """Most steps of the networks, their largest rate, weight decay, and products in their log ratio."""
 
-CHECKED = 1000
-"""Rows of a fold on which a step is judged: the loss is of all pairs among them."""
+CHECKED = 1000  # rows of a fold on which a step is judged: the loss is of all pairs among them
+STRANGERS = 2  # strangers of each row that estimates are compared on
 
-VARIATES, FARTHEST = 8, 4.0
-"""Most bent variates of a side, and deviations beyond which a row counts as lying there."""
-
+VARIATES = 8  # bent variates of a side, at most
+FARTHEST = 4.0  # deviations beyond which a row counts as lying there
+WIDEST = 2000  # features of both sides beyond which there are no variates: their time grows with the cube
+# Standard errors from 0 that the weight of a feature needs to stay, in turn: few features, less noise in variates.
 SIGNIFICANT = 2.0, 3.0, 4.0
-"""Standard errors from 0 that the weight of a feature needs to stay, in turn: few features, less noise in variates."""
-
-WIDEST = 2000
-"""Features of both sides beyond which there are no variates: their time grows with the cube."""
-
-STRANGERS = 2
-"""Strangers of each row that estimates are compared on."""
 
 TREES, LEAVES, SHRINKAGE, MIN_STOPPING = 100, 16, 0.1, 200
 """Most boosted trees, their leaves, how much of each is added, and rows that allow to hold some out for their end."""
 
-FEW = 8
-"""Most columns of a side that trees are given beside its variates."""
+FEW = 8  # columns of a side that trees are given beside its variates, at most
 
 LogRatio = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Of rows of x and of their partners, rows of y: numbers of both to log ratios, (N,)."""
@@ -197,7 +189,7 @@ def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed:
 
 
 def estimates(
-    x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = math.inf, device: str | torch.device = "cpu"
+    x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = np.inf, device: str | torch.device = "cpu"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log ratios by Gaussians, by Gaussians of bent variates, by networks and by trees: at pairs, and at strangers.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,24 +31,16 @@ from torchcdm.units.lattice import spread
 
 KINDS = ("kl", "reverse_kl", "js", "chi2")
 
-FEW, COVERED = 30, 0.9
-"""Effective samples of the weights p/q, and share of the numerator with a log ratio that the denominator reaches too:
-below these a divergence is not to be trusted."""
+# Below these a divergence is not to be trusted.
+FEW = 30  # effective samples of the weights p/q
+COVERED = 0.9  # share of the numerator with a log ratio that the denominator reaches too
 
-ROWS, NUMBERS = 10_000, 5_000_000
-"""Most samples of a source that a test looks at, and numbers in them."""
-
-LANDMARKS = 300
-"""Samples that the features of a test compare with."""
-
-RIDGE = 0.1
-"""Added to the variances of these features, over the largest."""
-
-WAVES = (1, 2, 3, 4)
-"""Cosines of a column's ranks."""
-
-SHOWN = 10
-"""Rows and columns that are named."""
+# Of the two-sample test.
+ROWS, NUMBERS = 10_000, 5_000_000  # samples of a source that it looks at, and numbers in them, at most
+LANDMARKS = 300  # samples that its features compare with
+RIDGE = 0.1  # added to the variances of these features, over the largest
+WAVES = (1, 2, 3, 4)  # cosines of a column's ranks
+SHOWN = 10  # rows and columns that are named
 
 
 @dataclass(frozen=True)
@@ -84,13 +75,8 @@ class Estimate:
 
 
 def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-    """A divergence of p from q, by log ratios at samples that were not fitted.
-
-    Args:
-        kind: ``kl`` E_p log p/q, ``reverse_kl`` E_q log q/p, ``js`` that of Jensen and Shannon, ``chi2`` E_p p/q - 1.
-        numerator: Finite log ratios at two or more samples of p, (N,).
-        denominator: Those at two or more samples of q, (M,).
-    """
+    """A divergence of p from q, of a kind of :meth:`torchcdm.DensityRatio.divergence`, by finite log ratios at two or
+    more samples of p, (N,), and of q, (M,), that were not fitted; UserError for others."""
     if kind not in KINDS:
         raise UserError(f"unknown divergence '{kind}'; {nearest(str(kind), KINDS)}")
     up, down = both_sides(numerator, denominator)
@@ -147,7 +133,7 @@ def mutual_information(
         >>> information = mutual_information(x, y)
         >>> print(information.value, information.se, *information.notes)
     """
-    until = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    until = np.inf if max_seconds is None else time.monotonic() + max_seconds
     sides = [read_side(part, name, DataOptions())[0] for part, name in ((x, "x"), (y, "y"))]
     rows = len(sides[0])
     if len(sides[1]) != rows:
