@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -49,7 +48,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def compare(options: argparse.Namespace) -> int:
+def compare(options: argparse.Namespace) -> None:
     """Trains, measures and prints."""
     from studies.compare.comparison import compare
     from studies.compare.figure import scoring_cost
@@ -58,7 +57,6 @@ def compare(options: argparse.Namespace) -> int:
     from torchcdm.runtime.processes import chosen_device
     from torchcdm.runtime.validation import read_as
     from torchcdm.training.build import in_units, load_source
-    from torchcdm.training.loop import Interrupted
 
     if options.seed < 0:
         raise UserError(f"--seed is {options.seed}; it must not be negative")
@@ -75,32 +73,27 @@ def compare(options: argparse.Namespace) -> int:
         source = in_units(source, data)
     if options.list:
         _list(source)
-        return 0
+        return
     names = None if options.peers is None else [name.strip() for name in options.peers.split(",")]
     keep = nullcontext(options.out) if options.out else tempfile.TemporaryDirectory()
     with keep as folder:
-        try:
-            comparison = compare(
-                source,
-                options.budget,
-                Path(folder),
-                names,
-                options.clock,
-                options.seed,
-                options.limit,
-                chosen_device(options.device),
-                data,
-                progress=not options.quiet,
-                frechet=options.frechet,
-                log_z=options.log_z,
-            )
-        except Interrupted as stop:
-            print(f"python -m studies: {stop}", file=sys.stderr)
-            return 128 + stop.number
+        comparison = compare(
+            source,
+            options.budget,
+            Path(folder),
+            names,
+            options.clock,
+            options.seed,
+            options.limit,
+            chosen_device(options.device),
+            data,
+            progress=not options.quiet,
+            frechet=options.frechet,
+            log_z=options.log_z,
+        )
     tell(options.json, comparison.table(), comparison.to_json())
     if options.plot is not None:
         scoring_cost(comparison, options.plot)
-    return 0
 
 
 def _data(options: argparse.Namespace) -> DataOptions:

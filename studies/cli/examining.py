@@ -29,7 +29,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="keep the scores: what is there is not run again")
 
 
-def exam(options: argparse.Namespace) -> int:
+def exam(options: argparse.Namespace) -> None:
     """Runs the contests and prints the marks."""
     import torch
 
@@ -55,4 +55,3 @@ def exam(options: argparse.Namespace) -> int:
                 print(f"{name:28} {who:17} {value}  behind {behind} {seconds:7.1f} s", flush=True)
     if options.json is not None:
         write_json(options.json, {"half": options.half, "marks": rows})
-    return 0

@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--cache", metavar="DIR", type=Path, help="keep what is measured of the training images")
 
 
-def quality(options: argparse.Namespace) -> int:
+def quality(options: argparse.Namespace) -> None:
     """Measures and prints."""
     from studies.quality.frechet import Reference
     from studies.quality.measure import measure, table, to_json
@@ -46,7 +46,6 @@ def quality(options: argparse.Namespace) -> int:
     sets = {name: _images(name, options, source, device) for name in options.images}
     rows = measure(sets, reference, options.seed)
     tell(options.json, table(rows, reference), to_json(rows, reference))
-    return 0
 
 
 def _training_images(options: argparse.Namespace) -> DataSource:

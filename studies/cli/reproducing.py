@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,19 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
-def reproduce(options: argparse.Namespace) -> int:
+def reproduce(options: argparse.Namespace) -> None:
     """The report of a reproduction, made or completed."""
     from studies.reproduce import REPRODUCTIONS, reproduce
     from torchcdm.errors import UserError
-    from torchcdm.training.loop import Interrupted
 
     if options.name is None:
         for name, entry in REPRODUCTIONS.items():
             print(f"{name:12} {entry.title}")
-        return 0
+        return
     if options.out is None:
         raise UserError("give a folder with --out DIR")
-    try:
-        path = reproduce(
-            options.name, options.scale, options.out, options.device, not options.quiet, options.steps,
-            options.samples, options.finished, options.seed,
-        )  # fmt: skip
-    except Interrupted as stop:
-        print(f"python -m studies: {stop}", file=sys.stderr)
-        return 128 + stop.number
+    path = reproduce(
+        options.name, options.scale, options.out, options.device, not options.quiet, options.steps,
+        options.samples, options.finished, options.seed,
+    )  # fmt: skip
     print(path.read_text(encoding="utf-8") if not options.quiet else path)
-    return 0

@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--out", metavar="RUN", type=Path, help="folder of the run; a finished one is not made again")
 
 
-def zoo(options: argparse.Namespace) -> int:
+def zoo(options: argparse.Namespace) -> None:
     """Writes ``torchcdm/zoo/NAME``."""
     from studies.zoo import MODELS, make
     from torchcdm.zoo import HOME
@@ -29,4 +29,3 @@ def zoo(options: argparse.Namespace) -> int:
         raise UserError(f"unknown model '{options.name}'; {nearest(options.name, MODELS)}")
     out = options.out or Path("runs") / f"zoo-{options.name}"
     print(make(options.name, out, HOME / options.name))
-    return 0

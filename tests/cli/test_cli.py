@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,12 @@ import torchcdm
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
 from torchcdm.data import load_data, save_images
+from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import warn
+from torchcdm.networks.mlp import MLP
+from torchcdm.training.checkpoint import read_info
+from torchcdm.training.loop import Interrupted
+from torchcdm.units import DataTransform
 
 
 def test_a_process_exits_with_two(tmp_path):
@@ -56,6 +62,15 @@ def test_a_warning_is_a_line(capsys, monkeypatch):
     assert main(["presets"]) == 0 and capsys.readouterr().err == "cdm: warning: two lines\n"
     warn("afterwards")
     assert capsys.readouterr().err.startswith(f"{__file__}:")
+
+
+def test_the_signal_that_stopped_a_training_is_in_the_exit_code(capsys, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise Interrupted(signal.SIGTERM, "stopped by a signal while steps were timed; nothing is kept")
+
+    monkeypatch.setattr("torchcdm.cli.training.with_budget", stopped)
+    assert main(["train", "digits", "--out", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "cdm: stopped by a signal while steps were timed; nothing is kept\n"
 
 
 def test_version(capsys):
@@ -315,6 +330,21 @@ def test_a_report_estimates_log_z_by_the_sweeps_asked_for(capsys, tmp_path):
 def test_info(capsys, run):
     out = succeed(capsys, "info", run)
     assert "uniform-sigma, T = 20" in out and "encoder" in out and "step-12" in out and "0 ... 16" in out
+
+
+def test_info_of_a_grid_without_ends(capsys, tmp_path):
+    model = torchcdm.ClassificationDiffusion(MLP(2, levels=12), UniformSigmaSchedule(10), DataTransform((2,), bin=1.0))
+    model.save(tmp_path / "model")
+    assert "grey levels" not in succeed(capsys, "info", tmp_path / "model")
+
+
+def test_columns_may_have_any_name(tmp_path):
+    rows = [f"{k % 7 + k / 60},{k * k % 11 + k / 50},{k % 5}" for k in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["\U0001f321,gram,no", *rows]), encoding="utf-8")
+    words = ["train", "table", "--data", f"table:{tmp_path / 't.csv'}", "--out", str(tmp_path / "run"), "--quiet"]
+    words += ["--columns", "\U0001f321,gram,no", "--drop", "no", "--steps", "1", "--no-report", "--device", "cpu"]
+    assert main([*words, "--sampling.n", "0"]) == 0
+    assert read_info(tmp_path / "run").columns == ("\U0001f321", "gram")
 
 
 def test_training_without_a_report_says_what_it_kept(capsys, tmp_path):

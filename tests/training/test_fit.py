@@ -54,6 +54,17 @@ def test_fields_of_the_data_are_overrides_too():
     assert float(z.mean().abs()) < 0.3 and torch.allclose(model.transform.inverse(z), x.double())
 
 
+def test_a_preset_says_how_objects_are_read():
+    x = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
+    network = {"channels": 8, "multipliers": [1], "blocks": 1, "attention": []}
+    words = {"steps": 1, "batch_size": 4, "model": {"backbone": network, "schedule": {"T": 50}}} | TINY
+    model = torchcdm.fit(x, preset="cifar10", **words)
+    # No noise on grey levels, and no validation split.
+    assert not model.transform.dequantize and model.info.selected["value"] == "last"
+    model = torchcdm.fit(x, preset="cifar10", data={"dequantize": True}, **words)
+    assert model.transform.dequantize and model.info.data.dequantize
+
+
 @pytest.mark.parametrize(
     "options",
     [{"size": [4, 4]}, {"channels": 1}, {"label": "kind"}, {"spec": "digits"}, {"crop": [4, 4]}],

@@ -11,6 +11,7 @@ from torchcdm.data import from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.training import loop as training
+from torchcdm.training.build import load_source, new_model
 from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import means
@@ -147,6 +148,19 @@ def test_resume_refuses_data_that_have_changed(tmp_path):
     with pytest.raises(UserError, match="its data have changed; start a new run, with --init"):
         train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
     assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3
+
+
+def test_what_is_compiled_is_in_training_mode(tmp_path, monkeypatch):
+    config = small_config(train__compile="true", train__steps="1", sampling__n="0")
+    model, modes = new_model(config.model, load_source(config.data), flip=False).eval(), []
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: modes.append(loss.model.training) or loss)
+    train(config, tmp_path / "run", device="cpu", progress=False, model=model)
+    assert modes == [True]
+
+
+def test_a_run_without_samples_draws_none_meanwhile(tmp_path):
+    assert run_training(tmp_path / "run", sampling__n="0", train__sample_every="5").step == 12
+    assert not RunFolder(tmp_path / "run").samples.exists()
 
 
 def test_a_compiler_that_fails_is_told_and_left_out(tmp_path, monkeypatch):

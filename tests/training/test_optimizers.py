@@ -25,6 +25,12 @@ def test_hidden_matrices_are_neither_at_the_ends_nor_in_the_head():
     assert {name.split(".")[0] for name in names_of(MLP(2, levels=12))} == {"blocks", "energy"}
 
 
+def test_a_weight_that_two_layers_share_is_moved_once():
+    layers = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+    layers[2].weight = layers[0].weight
+    assert len(hidden_matrices(layers)) == 1
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 30), (30, 4)])
 def test_orthogonalising_keeps_the_singular_vectors_and_levels_the_values(shape):
     generator = torch.Generator().manual_seed(0)

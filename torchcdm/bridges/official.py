@@ -19,7 +19,6 @@ PARTS = {
     "v": "value", "proj_out": "out", "temb_proj": "project", "nin_shortcut": "shortcut",
 }  # fmt: skip
 """Parts of names that differ."""
-
 NAMES = {
     r"(conv_in|norm_out)\.(\w+)": r"unet.\1.\2", r"conv_out\.(\w+)": r"conv_out.\1",
     r"linear_layer\.(\w+)": r"head.linear.\1", r"label_emb\.(\w+)": r"label.\1",

@@ -50,7 +50,7 @@ def info(options: argparse.Namespace) -> None:
         "module": (own := getattr(network, "module", None)) and f"{own}, for torchcdm.load(path, backbone=module)",
         "schedule": f"{config.schedule.name}, T = {config.schedule.T}",
         "data": info.data.spec or "given in Python",
-        "grey levels": None if grid.bin is None else f"{grid.low:g} ... {grid.high:g}",
+        "grey levels": None if None in (grid.bin, grid.low, grid.high) else f"{grid.low:g} ... {grid.high:g}",
         "columns": info.columns and ", ".join(info.columns),
         "classes": info.class_names and f"{', '.join(info.class_names)} ({how[config.labels]})",
         "kept": f"step {kept['step']}{best}" if "step" in kept else None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.runtime.files import check_output, without_nan, write_json
+from torchcdm.runtime.files import without_nan, write_json
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,17 +71,6 @@ def add_command(commands: Any, package: str, run: str, summary: str, example: st
 def given(**values: Any) -> dict[str, Any]:
     """Those that are not None: the defaults of the others are where they are used."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def check_writable(path: Path | None, inputs: Iterable[str | Path] = ()) -> None:
-    """:func:`torchcdm.runtime.files.check_output` of a file, which is none that a run keeps; - is the terminal."""
-    if path is not None and str(path) != "-":
-        from torchcdm.training.run_folder import RunFolder  # loads torch
-
-        check_output(path, inputs)
-        run = RunFolder(path.resolve().parent)
-        if run.lock.exists() and path.resolve() in vars(run).values():
-            raise UserError(f"{path}: belongs to the run; choose another name")
 
 
 def say(notes: Iterable[str]) -> None:

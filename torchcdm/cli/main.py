@@ -6,15 +6,18 @@ import errno
 import os
 import pkgutil
 import re
+import signal
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from types import ModuleType
 
 from torchcdm import __version__
 from torchcdm.cli import commands
-from torchcdm.cli.arguments import Parser, check_writable
+from torchcdm.cli.arguments import Parser
 from torchcdm.errors import UserError, nearest, reason
+from torchcdm.runtime.files import check_output
 
 EPILOG = """\
 examples:
@@ -26,15 +29,12 @@ exit codes: 0 done; 2 a mistake in what was given, with one line on stderr; 129,
 stopped by SIGHUP, SIGINT and SIGTERM, in training with the state saved.
 """
 
-FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")
-"""The flag of a field of the configuration, which every command but ``train`` refuses."""
+FIELD = re.compile(r"--\w+(\.\w+)+(=|$)")  # of the configuration: every command but ``train`` refuses it
+LONGEST = 500  # characters of a message; of a longer one the middle is left out
 
-LONGEST = 500
-"""Characters of a message; of a longer one the middle is left out."""
-
+# Arguments that name files which commands write, and which they read: these are not to be replaced.
 OUTPUTS = ("json", "csv", "plot")
 INPUTS = ("paths", "reference", "numerator", "denominator", "query", "x", "y", "data")
-"""Arguments that name files which commands write, and which they read: these are not to be replaced."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +54,8 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
         subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
         for group in groups:
             group.add_commands(subparsers)
-        return _run(parser, sys.argv[1:] if arguments is None else arguments)
+        _run(parser, sys.argv[1:] if arguments is None else arguments)
+        return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes that join in, one speaks
             text = " ".join(str(error).split())
@@ -62,13 +63,13 @@ def run_command(parser: Parser, groups: Sequence[ModuleType], arguments: Sequenc
             print(f"{parser.prog}: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print("; ".join([f"{parser.prog}: interrupted", *map(str, error.args)]), file=sys.stderr)
-        return 130
+        print(f"{parser.prog}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "number", signal.SIGINT)  # a training says which signal it was
     finally:
         warnings.formatwarning = pythons
 
 
-def _run(parser: Parser, words: Sequence[str]) -> int:
+def _run(parser: Parser, words: Sequence[str]) -> None:
     """One command; what it prints has left when it returns."""
     try:
         # The parser would take the values of flags that it does not know for arguments without a name.
@@ -82,31 +83,40 @@ def _run(parser: Parser, words: Sequence[str]) -> int:
             raise UserError(f"unknown argument '{rest[0]}'; {nearest(rest[0][2:].partition('=')[0], flags)}")
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
-        read = [getattr(options, name, None) or () for name in INPUTS]
-        inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
-        outputs = [path for name in OUTPUTS if (path := getattr(options, name, None)) is not None]
-        for path in outputs:
-            check_writable(path, inputs)
-        if len(set(map(os.path.realpath, outputs))) < len(outputs):
-            raise UserError(f"{outputs[0]}: is to hold two outputs; choose another file for one of them")
-        code = pkgutil.resolve_name(options.run)(options) or 0
+        _check_outputs(options)
+        pkgutil.resolve_name(options.run)(options)
         sys.stdout.flush()
-        return code
     except OSError as error:
         # A reader such as head may have seen enough; files of our own are written elsewhere, with their names.
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         # What is left to print goes nowhere: Python would try again, and fail, at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if error.errno == errno.EPIPE:
-            return 0
-        raise UserError(f"the output cannot be written ({error.strerror})") from None
+        if error.errno == errno.ENOSPC:
+            raise UserError(f"the output cannot be written ({error.strerror})") from None
     except (MemoryError, RuntimeError) as error:
         from accelerate.utils.memory import should_reduce_batch_size
 
         if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
             raise
         raise UserError(f"out of memory ({reason(error)}); ask for less, or take smaller data or networks") from None
+
+
+def _check_outputs(options: Namespace) -> None:
+    """Refuses outputs that would replace an input, a file that a run keeps, or one another; - is the terminal."""
+    read = [getattr(options, name, None) or () for name in INPUTS]
+    inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
+    outputs = [path for name in OUTPUTS if (path := getattr(options, name, None)) is not None]
+    for path in outputs:
+        if str(path) != "-":
+            from torchcdm.training.run_folder import RunFolder  # loads torch
+
+            check_output(path, inputs)
+            run = RunFolder(path.resolve().parent)
+            if run.lock.exists() and path.resolve() in vars(run).values():
+                raise UserError(f"{path}: belongs to the run; choose another name")
+    if len(set(map(os.path.realpath, outputs))) < len(outputs):
+        raise UserError(f"{outputs[0]}: is to hold two outputs; choose another file for one of them")
 
 
 def _without_fields(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -23,8 +23,7 @@ from torchcdm.runtime.validation import Positive, read_as
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels, draw
 
-SAMPLING = ("sampler", "steps", "guidance", "corrector", "spacing", "particles")
-"""Arguments that go to :func:`torchcdm.sample` as they are."""
+SAMPLING = ("sampler", "steps", "guidance", "corrector", "spacing", "particles")  # go to the sampler as they are
 
 
 def sample(options: argparse.Namespace) -> None:

@@ -28,11 +28,9 @@ from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
 
-EXAMPLES, SHOWN = 1000, 10
-"""Normal samples of the page, and those to choose from; rows that are printed, the most anomalous ones."""
-
-KEPT = ("score", "percentile", "flag", "deviating")
-"""What is kept of every input."""
+EXAMPLES = 1000  # normal samples of the page, and those to choose from
+SHOWN = 10  # rows that are printed, the most anomalous ones
+KEPT = ("score", "percentile", "flag", "deviating")  # of every input
 
 
 def score(options: argparse.Namespace) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import sys
+from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ from torchcdm.runtime.processes import chosen_device, is_first, several
 from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save
-from torchcdm.training.config_files import file_fields, flag_fields, make_config, preset_fields
+from torchcdm.training.config_files import file_fields, flag_fields, make_config, merge, preset_fields
 from torchcdm.training.fit import SCALED, TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
@@ -30,7 +29,7 @@ from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
 
 
-def train(options: argparse.Namespace) -> int:
+def train(options: argparse.Namespace) -> None:
     """Trains, then measures on the test split."""
     progress = is_first() and not options.quiet
     config, source = _configuration(options, progress)
@@ -45,7 +44,7 @@ def train(options: argparse.Namespace) -> int:
         unit = next(unit for unit, size in sizes.items() if total >= size or size == 1)
         all_steps = f"{total / sizes[unit]:.3g} {unit}, validation, samples and report apart"
         print(f"{took:.3g} s a step of {what}; the training takes {all_steps}")
-        return 0
+        return
     try:
         result = trained(config, options.out, source, options.resume, options.device, progress)
         if progress:
@@ -55,14 +54,11 @@ def train(options: argparse.Namespace) -> int:
             text = write_report(options.out, result.source, device, progress=progress)
             if progress:
                 print(text)
-    except Interrupted as stop:
-        print(f"cdm: {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        if not RunFolder(options.out).model.exists():
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Interrupted) or not RunFolder(options.out).model.exists():
             raise
-        raise KeyboardInterrupt(f"{options.out} holds the model; --resume goes on with what is missing") from None
-    return 0
+        what = f"{options.out} holds the model; --resume goes on with what is missing"
+        raise KeyboardInterrupt(f"interrupted; {what}") from None
 
 
 def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config, DataSource | None]:
@@ -76,13 +72,12 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
         raise UserError("give a preset or --config FILE; cdm presets lists the presets")
     layers = layers or [saved]
     texts = given(**{name: getattr(options, name) for name in SHORT})
-    for name in texts.keys() & {"size", "crop"}:
-        texts[name] = str(list(parse_size(texts[name])))
-    for name in texts.keys() & {"columns", "drop"}:
-        texts[name] = json.dumps(texts[name].split(","))
-    flags = [(SHORT[name][0], text) for name, text in texts.items()]
-    flags += [("data.skip_bad", "true")] * options.skip_bad + [("train.compile", "true")] * options.compile
-    layers.append(flag_fields(flags + options.fields))
+    data: dict[str, Any] = {name: parse_size(texts.pop(name)) for name in texts.keys() & {"size", "crop"}}
+    data |= {name: texts.pop(name).split(",") for name in texts.keys() & {"columns", "drop"}}
+    data |= {"skip_bad": True} if options.skip_bad else {}
+    train = {"compile": True} if options.compile else {}
+    short = flag_fields((SHORT[name][0], text) for name, text in texts.items())
+    layers.append(merge(merge(short, {"data": data, "train": train}), flag_fields(options.fields)))
     named = options.preset if layers[0] is not saved else saved.get("preset")
     if saved.get("preset") == named == SCALED:
         # What was scaled stays as it was: times differ from one measurement to the next. Only the time may change.

@@ -13,8 +13,7 @@ from torch.autograd import Function
 
 from torchcdm.errors import UserError
 
-ImageSize = int | Sequence[int]
-"""Side of a square image, or (height, width)."""
+ImageSize = int | Sequence[int]  # side of a square image, or (height, width)
 
 
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:

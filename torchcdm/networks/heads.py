@@ -14,12 +14,11 @@ from torchcdm.runtime.validation import Count, Int, checked
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
+# Increments are multiplied by this over their number, so that Adam, which moves every weight by the same amount, moves
+# the accumulated logits equally fast for every T.
 REFERENCE_STEPS = 100
-"""Increments are multiplied by this over their number, so that Adam, which moves every weight by the same
-amount, moves the accumulated logits equally fast for every T."""
 
-CLASS_KNOTS = 32
-"""Evenly spaced levels that carry the effect of a class, which is linear between them."""
+CLASS_KNOTS = 32  # evenly spaced levels that carry the effect of a class, which is linear between them
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -27,15 +27,12 @@ from torchcdm.runtime.validation import arguments_for
 from torchcdm.training.settings import BACKBONES, NETWORKS, SCHEDULE_SETTINGS, SCHEDULES, LossConfig, ModelConfig
 from torchcdm.units import ColumnTransform, DataTransform, GaussianizedTransform
 
-FittedBase = GaussianMarginals | MixtureMarginals
-"""What logits can be a correction to, fitted to data."""
+FittedBase = GaussianMarginals | MixtureMarginals  # what logits can be a correction to, fitted to data
 
-HISTOGRAM_NUMBERS, GAUSSIAN_NUMBERS = 2**25, 2**27
-"""Numbers of images that are counted at a time, and those that a base density reads of large data: a gibibyte of
-float64, and 50 000 samples in any case; of moments a thousand."""
-
-HELD_OUT, HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = "base density held out", 20_000, 2**24
-"""Seed and number of validation samples that choose a base density or what classes share; numbers in them."""
+HISTOGRAM_NUMBERS = 2**25  # of images that are counted at a time
+GAUSSIAN_NUMBERS = 2**27  # that a base density reads of large data: a gibibyte of float64
+HELD_OUT = "base density held out"  # seed of the validation samples that choose a base density or what classes share
+HELD_OUT_SAMPLES, HELD_OUT_NUMBERS = 20_000, 2**24  # so many of them at most, and numbers in them
 
 
 def load_source(options: DataOptions, progress: bool = False) -> DataSource:
@@ -107,7 +104,8 @@ def base_in_words(config: ModelConfig) -> str:
 
 
 def base_samples(source: DataSource, flip: bool, least: int = 50_000) -> tuple[Tensor, Tensor]:
-    """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels."""
+    """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels; of
+    large data as many as :data:`GAUSSIAN_NUMBERS` says, but the ``least`` in any case."""
     x, y = source.train.tensors(max(least, GAUSSIAN_NUMBERS // source.transform.dim))
     z = source.transform.encode(x, stream(0, "base density"))
     return (torch.cat([z, z.flip(-1)]), torch.cat([y, y])) if flip else (z, y)

@@ -33,8 +33,7 @@ from torchcdm.training.settings import Config, ModelConfig
 from torchcdm.units import DataTransform, transform_from_config
 from torchcdm.zoo import located
 
-KINDS = ("run", "estimator")
-"""Kinds of artefacts that hold a model."""
+KINDS = ("run", "estimator")  # of artefacts that hold a model
 
 Transform = Annotated[
     InstanceOf[DataTransform],
@@ -234,8 +233,8 @@ def check_shapes(own: Mapping[str, Tensor], held: Mapping[str, Tensor], path: Pa
             raise UserError(f"{path}: {key} is {found} in the file, {needed} in the model; {mend}")
 
 
-KEPT, PARTS = 2, ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-"""States that are kept, and the files of tensors in each."""
+KEPT = 2  # states
+PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")  # files of tensors in each
 
 
 @validated
@@ -327,20 +326,20 @@ def _way_out(folder: Path) -> Iterator[None]:
         raise UserError(f"{error}; {mend}") from None
 
 
-_EVERY = "validate_every log_every save_every sample_every"
-_TRAIN = f"steps max_seconds {_EVERY} validation_samples patience fallback calibration init"
-FREE = ("preset", "sampling", "report", "data.workers", *(f"train.{name}" for name in _TRAIN.split()))
-"""Fields that may differ from the run that is resumed; all others would make it another run."""
-
-FREE_AFTER_FAILURE = ("train.lr", "train.warmup", "train.grad_clip", "train.precision")
-"""Fields that may differ too after steps that were not finite ended the run: what may mend it."""
+# Fields that may differ from the run that is resumed: all others would make it another run. Those of the last line may
+# differ too after steps that were not finite ended the run: what may mend it.
+FREE = {"preset", "sampling", "report", "data.workers"}
+FREE_IN_TRAIN = {"steps", "max_seconds", "validate_every", "log_every", "save_every", "sample_every"}
+FREE_IN_TRAIN |= {"validation_samples", "patience", "fallback", "calibration", "init"}
+FREE_AFTER_FAILURE = {"lr", "warmup", "grad_clip", "precision"}
 
 
 def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
     """Refuses to go on where a field that is not free differs from the ``kept`` configuration of a saved state."""
     lines = read_metrics(run.metrics)
-    free = FREE + (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else ())
+    in_train = FREE_IN_TRAIN | (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else set())
     for path, mine, theirs in differences(encode(config), kept):
-        if not any(path == name or path.startswith(f"{name}.") for name in free):
+        section, _, name = path.partition(".")
+        if not ({path, section} & FREE or (section == "train" and name in in_train)):
             differ = f"was trained with {path} = {theirs}, not {mine}"
             raise UserError(f"{run.root}: {differ}; resume with the same, or choose another folder")

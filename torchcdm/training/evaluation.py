@@ -21,11 +21,8 @@ from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
 
-Labels = Tensor | None
-"""Classes, long (N,), or contexts (N, q); None for none."""
-
-BATCH = 256
-"""Noisy copies at a time. Their noise is drawn by batch, so that this is part of every seed."""
+Labels = Tensor | None  # classes, long (N,), or contexts (N, q)
+BATCH = 256  # noisy copies at a time; their noise is drawn by batch, so that this is part of every seed
 
 
 class NoisyBatch(NamedTuple):

@@ -36,14 +36,9 @@ from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config, SamplingConfig
 from torchcdm.units import standard_error
 
-FEWEST_COPIES = 20
-"""Noisy copies at each level, of all samples together."""
-
-COMPARED = 1000
-"""Samples of a split that models are compared on."""
-
-FAR = 0.1
-"""Nats a number by which validation may be worse than training, if that is more than three standard errors."""
+FEWEST_COPIES = 20  # noisy copies at each level, of all samples together
+COMPARED = 1000  # samples of a split that models are compared on
+FAR = 0.1  # nats a number by which validation may be worse than training, if more than three standard errors
 
 
 def save_samples(

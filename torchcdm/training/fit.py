@@ -26,7 +26,7 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.validation import read_as
+from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training import loop
 from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
 from torchcdm.training.checkpoint import load, load_weights
@@ -38,23 +38,17 @@ M = TypeVar("M", bound=Denoiser)
 
 KINKED = {"Relu", "LeakyRelu", "PreluKernel", "RreluWithNoise", "Hardtanh", "Threshold"}  # as autograd calls them
 
-OF_FILES = ("spec", "size", "crop", "channels", "label")
-IN_SOURCES = ("validation_fraction", "test_fraction", "seed", "limit", "skip_bad", "columns", "drop")
-IN_SOURCES += ("dequantize", "clusters")
-"""Fields of the data without effect on Python objects, and those that a :class:`DataSource` was made with."""
+# Fields of the data without effect on Python objects, and those that count after the data were read.
+OF_FILES, AFTER_READING = ("spec", "size", "crop", "channels", "label"), ("gaussianize", "flip", "workers")
 
-SCALED, DEFAULT = "encoder", 1800.0
-"""The preset that scales itself, where neither steps nor a network are given, and its seconds where no time is."""
-
-SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))
-"""Widths and batches, from the cheapest on."""
-
-TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04
-"""Shares of the time: for the training, for its samples, and for the flow of the report."""
-
-FLOW_COST, TIMED_STEPS, WANTED_STEPS, EPOCHS = 70, 6, 2500, 300
-"""Passes of training that the flow of one sample takes as long as; steps that are timed; steps that the time must hold
-for a larger size to be taken; most times that a sample is seen."""
+SCALED = "encoder"  # the preset that scales itself, where neither steps nor a network are given
+DEFAULT = 1800.0  # its seconds, where no time is given
+SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))  # widths and batches, cheap ones first
+TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04  # of the time; the report's is for its flow
+FLOW_COST = 70  # passes of training that the flow of one sample takes as long as
+TIMED_STEPS = 6
+WANTED_STEPS = 2500  # that the time must hold for a larger size to be taken
+EPOCHS = 300  # most times that a sample is seen
 
 
 def fit(
@@ -112,7 +106,8 @@ def train(
         model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
         data: As for :func:`fit`, and in the units of the model's transform.
         labels: As for :func:`fit`.
-        preset: The preset whose optimiser and loss are taken; ``encoder`` for images, ``mlp`` for vectors when None.
+        preset: The preset whose data options, optimiser and loss are taken; ``encoder`` for images, ``mlp`` for
+            vectors when None.
         out: Folder of the run; when None nothing is kept.
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
@@ -213,14 +208,19 @@ def _prepared(
     caller: str, data: Any, labels: Any, preset: str | None, overrides: Mapping[str, Any], progress: bool
 ) -> tuple[DataSource, list[dict[str, Any]]]:
     """The data, and the fields of preset and overrides, whose SPEC is that of the data; others without effect fail."""
-    layer = override_fields(overrides, caller)
-    options, from_files = read_as(DataOptions, layer.get("data", {}), "data"), isinstance(data, (str, Path))
+    layer, from_files = override_fields(overrides, caller), isinstance(data, (str, Path))
+    given = encode(layer.get("data", {}))
+    asked = read_as(DataOptions, given, "data")
     unused = ("spec",) if from_files else OF_FILES
-    for name in (*unused, *IN_SOURCES) if isinstance(data, DataSource) else unused:
-        if getattr(options, name) != getattr(DataOptions(), name):
+    if isinstance(data, DataSource):
+        unused = [field.name for field in fields(DataOptions) if field.name not in AFTER_READING]
+    for name in unused:
+        if getattr(asked, name) != getattr(DataOptions(), name):
             raise UserError(f"{caller}: data.{name} has no effect here; change the data that you give instead")
     if from_files and labels is not None and not isinstance(labels, str):
         raise UserError(f"{caller}: labels of data from files lie in them; give the name of a table's column, or none")
+    by_preset = {} if preset is None else preset_fields(preset).get("data", {})
+    options = read_as(DataOptions, {**by_preset, **given, "spec": None}, "data")
     if from_files:
         source = load_data(options, spec=spec_of(data), label=labels or options.label)
     else:
@@ -228,8 +228,8 @@ def _prepared(
     if progress:
         print(*source.notes, sep="\n")
     # As it was read: what is done with the run later has to find the same splits.
-    read = source.options or DataOptions(label=labels if isinstance(labels, str) else None)
-    given = {name: getattr(read, name) for name in (*OF_FILES, *(IN_SOURCES if source.options else ()))}
+    read = source.options or replace(options, label=labels if isinstance(labels, str) else None)
+    given |= {name: value for name, value in encode(read).items() if name not in AFTER_READING}
     layer = merge(layer, {"data": given})
     return source, [preset_fields(preset or usual_preset(source)), layer]
 

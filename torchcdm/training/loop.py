@@ -35,8 +35,7 @@ from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, sh
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.settings import Config
 
-MAX_BAD_STEPS = 10
-"""Steps in a row without a finite gradient that end the training."""
+MAX_BAD_STEPS = 10  # in a row without a finite gradient: they end the training
 
 
 class Interrupted(KeyboardInterrupt):
@@ -184,9 +183,9 @@ class Trainer:
                 spent = f"its {options.max_seconds:g} s, counted from the first step, are used up"
                 self.say(f"no step is left to take: {spent}; give more by --budget or --train.max_seconds")
             return
+        self.model.train()  # what is compiled, too: a model that was loaded is in eval mode
         loss = self._wrapped()
         began = self.clock() - self.seconds
-        self.model.train()
         form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
         bar = tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look)
@@ -294,7 +293,8 @@ class Trainer:
         # After the state, so that a run that is killed in between can go on.
         if keep and _finite(self.ema.model):
             self.save_model()
-        if options.sample_every and step % options.sample_every == 0 and self.main and not last:
+        sampled = options.sample_every and self.config.sampling.n and step % options.sample_every == 0
+        if sampled and self.main and not last:
             save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
 
     def _finish(self) -> dict[str, Any] | None:

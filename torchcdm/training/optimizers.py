@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchcdm.networks.heads import Head
 from torchcdm.training.settings import TrainConfig
 
+# The quintic that drives singular values to 0.7 ... 1.2, and its applications (K. Jordan et al., Muon, 2024).
 COEFFICIENTS, ITERATIONS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.95
-"""The quintic that drives singular values to 0.7 ... 1.2, and its applications (K. Jordan et al., Muon, 2024)."""
 
 
 def share_done(config: TrainConfig, step: int, seconds: float = 0.0) -> float:
@@ -45,7 +45,8 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     heads = {id(module) for head in model.modules() if isinstance(head, Head) for module in head.modules()}
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     # Weights with fewer than 8 inputs or outputs, such as those that read or write the pixels, are no hidden layer's.
-    return [m.weight for m in layers if id(m) not in heads and min(m.weight.shape[:2]) >= 8]
+    found = (m.weight for m in layers if id(m) not in heads and min(m.weight.shape[:2]) >= 8)
+    return list(dict.fromkeys(found))  # layers may share one
 
 
 def orthogonalized(matrix: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ from pathlib import Path
 from torchcdm.errors import UserError, nearest, needed, reason
 
 HOME = Path(__file__).parent
+CARD = "card.md"  # what a model of the zoo is, what it was trained on, and what it reaches
 
-CARD = "card.md"
-"""What a model of the zoo is, what it was trained on, and what it reaches; see :func:`about`."""
-
+# All that is read of a repository on the Hugging Face Hub: numbers and text, never code.
 HUB_FILES = ["config.json", "model.safetensors", "log_z.json", "log_z.safetensors", "README.md"]
-"""All that is read of a repository on the Hugging Face Hub: numbers and text, never code."""
 
 
 def names() -> list[str]:
