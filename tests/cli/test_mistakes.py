@@ -48,6 +48,7 @@ from small_runs import small_flags
         (["train", "digits", "--out", "R", "--data", "folder:nowhere"], "nowhere"),
         (["train", "digits", "--out", "R", "--device", "gpu"], "device 'gpu' cannot be used: "),
         (["train", "encoder", "--out", "R"], "no data: "),
+        (["train", "mlp", "--out", "R", "--data", "toy:two-moons", "--data.limit", "1"], "one training sample is too"),
         (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: cannot be read"),
         (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),
         (["nll", "nowhere"], "nowhere: holds no trained model"),
@@ -173,6 +174,7 @@ def test_what_cannot_be_written(capsys, tmp_path, run):
 @pytest.mark.parametrize("words, message", [
     (["--all-of", "3", "--any-of", "4"], "contradict each other"),
     (["--all-of", "3,11"], "did you mean '1'"),
+    (["--any-of", ""], "--any-of : choose from: 0, 1"),
     (["--none-of", "0,1,2,3,4,5,6,7,8,9"], "leaves nothing"),
     (["--any-of", "3", "--label", "3"], "leave them out with --all-of, --any-of"),
     (["--beta", "2", "--guidance", "1"], "--label and --guidance are for the classes of a model"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchcdm import compose
-from torchcdm.cli.arguments import say
+from torchcdm.cli.arguments import given, say
 from torchcdm.compose.tilted import Map
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.arrays import read as read_array
@@ -58,7 +58,7 @@ def sample(options: argparse.Namespace) -> None:
 
 def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespace) -> Denoiser:
     """The density that ``--all-of``, ``--any-of``, ``--none-of`` and ``--beta`` make of a model."""
-    asked = {name: getattr(options, name) for name in ("all_of", "any_of", "none_of") if getattr(options, name)}
+    asked = given(all_of=options.all_of, any_of=options.any_of, none_of=options.none_of)
     if len(asked) > 1:
         raise UserError(f"--{' and --'.join(asked)} contradict each other: give one".replace("_", "-"))
     if (asked or options.beta is not None) and (options.label is not None or options.guidance):

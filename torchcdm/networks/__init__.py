@@ -1,5 +1,5 @@
 """Networks: ``(x (B, *shape), y (B,) or None) -> h``, all smooth and twice differentiable.
 
-h is (B, T+2), or (B, classes, T+2) from a joint head. Every network has the attributes ``classes`` (the number of
-classes or None; index ``classes`` is the null label, which ``y=None`` stands for) and ``joint``.
+h is (B, T+2), or (B, classes, T+2) from a joint head. Every network has the attribute ``classes`` (the number of
+classes or None; index ``classes`` is the null label, which ``y=None`` stands for), and a classifier ``joint``.
 """

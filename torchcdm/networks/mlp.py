@@ -93,8 +93,6 @@ class MLP(HeadedBackbone):
 class DDMMLP(nn.Module):
     """The baseline on vectors: the same blocks, told the level, estimate the noise itself; arguments as of the MLP."""
 
-    joint = False
-
     @checked
     def __init__(
         self, dim: Count, width: Width = 256, depth: Width = 4, dropout: Rate = 0.0, classes: Count | None = None

@@ -119,8 +119,6 @@ class DDMUNet(ImageNetwork):
     """The DDPM baseline: the same U-Net, told the level, estimates the noise itself; arguments as of the CDM's. The
     embedded label is added to the embedded level."""
 
-    joint = False
-
     @checked
     def __init__(
         self, in_channels: Width, image_size: ImageSize, channels: Width = 128, multipliers: Widths = (1, 2, 2, 2),

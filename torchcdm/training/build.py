@@ -91,6 +91,8 @@ def choose_base(config: ModelConfig, source: DataSource, flip: bool) -> ModelCon
     else:
         chosen = torch.arange(len(train)) % 5 == 0
         train, held_out = train[~chosen], train[chosen]
+    if train.ndim == 2 and len(train) < 2:  # a mixture needs two
+        raise UserError(f"{source.name}: one training sample is too few for a base density; give more")
     return replace(config, **best_start(train, held_out, base_floor(source.transform), given).fields)
 
 

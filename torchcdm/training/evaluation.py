@@ -16,6 +16,7 @@ from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.random import stream
+from torchcdm.runtime.files import without_nan
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
@@ -120,10 +121,10 @@ def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int
     """
     x, labels = split.tensors(limit)
     sums = level_sums(model, x, labels_for(model, labels), draws, seed)
-    counts = sums["count"].tolist()
-    found: dict[str, Any] = {"count": len(x), "draws": draws, "levels": len(counts), "mean": means(sums)}
-    pairs = {name: zip(values.tolist(), counts, strict=True) for name, values in sums.items() if name != "count"}
-    return found | {"per_level": {name: [s / n if n else None for s, n in part] for name, part in pairs.items()}}
+    counts = sums.pop("count")
+    per_level = {name: without_nan((values / counts).tolist()) for name, values in sums.items()}
+    mean = means({"count": counts, **sums})
+    return {"count": len(x), "draws": draws, "levels": len(counts), "mean": mean, "per_level": per_level}
 
 
 def labels_for(model: Denoiser, labels: Tensor) -> Tensor | None:

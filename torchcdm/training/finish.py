@@ -138,27 +138,26 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
     best = begun if worse and fallback else own
     rate = min(0.5, getattr(config.model.backbone, "dropout", 0.0) + 0.15)
     less = f"try --model.backbone.dropout {rate:g}, a smaller network, or more data"
-    said = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: "
-    said += "it learned the training data by heart" if by_heart else "the steps were too few or too large"
-    said += "; the start is kept as the model" if fallback else ""
-    found: dict[str, tuple[str, str]] = {}
+    found: list[tuple[str, str, str]] = []
     if worse:
-        mend = less if by_heart else "try more steps, or half the lr"
-        found["worse than its start"] = said, mend
+        cause = "it learned the training data by heart" if by_heart else "the steps were too few or too large"
+        says = f"{own:.4g} {unit} on validation data, {begun:.4g} before training: {cause}"
+        says += "; the start is kept as the model" if fallback else ""
+        found.append(("worse than its start", says, less if by_heart else "try more steps, or half the lr"))
     elif by_heart:
         says = f"{own:.4g} {unit} on validation data, {values['training']:.4g} on training data"
-        found["overfitting"] = says, less
+        found.append(("overfitting", says, less))
     if best < 0 and unit == "bits/dim" and not worse:
         says = f"{best:.4g} bits/dim say that grey levels are more than certain: one pass is not normalised"
-        found["impossible likelihood"] = says, "see the normalised ones: cdm nll RUN --methods elbo,flow"
+        found.append(("impossible likelihood", says, "see the normalised ones: cdm nll RUN --methods elbo,flow"))
     if best > gaussian:
         says = f"{best:.4g} {unit}, a fitted Gaussian has {gaussian:.4g}"
-        found["worse than a Gaussian"] = says, "leave out --model.gaussian and --model.components"
+        found.append(("worse than a Gaussian", says, "leave out --model.gaussian and --model.components"))
     if best > uniform:
         says = f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}"
         mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
-        found["worse than a uniform density"] = says, mend
-    return [{"name": name, "says": says, "mend": mend} for name, (says, mend) in found.items()]
+        found.append(("worse than a uniform density", says, mend))
+    return [dict(zip(("name", "says", "mend"), problem, strict=True)) for problem in found]
 
 
 def _uniform(source: DataSource, *samples: Tensor) -> float:
@@ -182,21 +181,21 @@ def _uniform(source: DataSource, *samples: Tensor) -> float:
 
 def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -> tuple[Draws, Tensor | None]:
     """Samples, data units, not rounded, and their one-pass log p, nats, None of a ddm; as :func:`torchcdm.sample`."""
-    given, log_p, density = y, None, model.density
+    given = y
     if y is not None and options.get("particles"):
         if bool((y != y[0]).any()):
             raise UserError("particles are of one class: give its label, not balanced")
         given = y[:1]
     found = sample(model, n, y=given, seed=seed, units="codes", details=True, **options)
-    device = model.schedule.alpha.device
+    density, device = model.density, model.schedule.alpha.device
+    if density is None:
+        return found, None
 
     def scored(rows: slice) -> Tensor:
         return density.log_prob(found.x[rows].to(device), y=labels_of(y, rows, device)).cpu()
 
-    if density is not None:
-        with torch.no_grad():
-            log_p = map_rows(scored, n, dim=found.x.shape[1:].numel(), device=device)
-    return found, log_p
+    with torch.no_grad():
+        return found, map_rows(scored, n, dim=found.x.shape[1:].numel(), device=device)
 
 
 def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:
