@@ -128,8 +128,7 @@ class DDIM(Sampler):
 class DPMSolverPP2M(Sampler):
     """DPM-Solver++(2M): second-order multistep in data prediction (Lu et al., 2022, arXiv 2211.01095).
 
-    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - r_s / r_t) D, D extrapolating x_0 half a step ahead from this level
-    and the one before. The first step is DDIM.
+    x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - r_s / r_t) D, D extrapolating x_0 half a step ahead from two levels.
     """
 
     memory = 1
@@ -246,9 +245,8 @@ class SASolver(Sampler):
 
     :math:`x_s = q \frac{\sigma_s}{\sigma_t} x_t + \alpha_s r_s^{1 + \eta} \int D\, d(r^{-1 - \eta})
     + \sigma_s (1 - q^2)^{1/2} \text{noise}`, with :math:`q = (r_s / r_t)^\eta` and D the polynomial through the data
-    predicted at ``order`` levels. Of every eta the marginals are those of the probability flow (0) and of the reverse
-    diffusion (1), if the denoiser is exact; where it is not, much noise mends the errors of the steps before. The
-    first steps are of lower order.
+    predicted at ``order`` levels, fewer in the first steps. Of every eta the marginals are those of the probability
+    flow (0) and of the reverse diffusion (1), if the denoiser is exact; else much noise mends errors of steps before.
 
     Args:
         order: 1 to 4; 1 with eta 1 is DDPM.

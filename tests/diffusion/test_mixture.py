@@ -46,6 +46,22 @@ def test_the_untrained_model_is_the_fitted_mixture_at_every_level():
     assert torch.allclose(flow, base.log_prob_levels(x_1)[:, 1], atol=0.05)
 
 
+def test_many_rows_of_many_components_are_handled_a_few_at_a_time(monkeypatch):
+    schedule, x, seen, levels = LogSNRSchedule(20), normal(3000, 2), [], GaussianMarginals.log_prob_levels
+    spreads = torch.eye(2).expand(40, 2, 2)
+    base = MixtureMarginals(schedule, torch.ones(40), normal(40, 2), spreads, GaussianMarginals.blank(schedule, (2,)))
+    base = base.with_classes(x, torch.arange(3000) % 2, 2)
+    some = base.log_prob_levels(x[::500]), base.class_effects(x[::500])
+
+    def recorded(gaussians, z):
+        seen.append(levels(gaussians, z))
+        return seen[-1]
+
+    monkeypatch.setattr(GaussianMarginals, "log_prob_levels", recorded)
+    torch.testing.assert_close((base.log_prob_levels(x)[::500], base.class_effects(x)[::500]), some)
+    assert max(part.numel() for part in seen) <= 2**20
+
+
 def test_draws_are_those_of_the_mixture_and_samplers_start_from_one_gaussian():
     mixture, x = three_clouds()
     base = MixtureMarginals.fit(x, SCHEDULE, 3)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import normal
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -24,6 +25,24 @@ def test_what_is_chosen_is_what_the_fitted_gaussian_gives(form):
     start = best_shrunk(train, held_out, 1, form, shares=(0.2,))
     fitted = GaussianMarginals.fit(train, UniformSigmaSchedule(5), form=form, shrinkage=0.2)
     assert torch.allclose(start.log_prob, fitted.log_prob_levels(held_out)[:, 0])
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that is made meanwhile."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, made.numel() if isinstance(made, Tensor) else 0)
+        return made
+
+
+def test_images_are_judged_by_one_of_many_gaussians_after_the_other():
+    train, held_out = normal(40, 1, 6, 6), normal(300, 1, 6, 6, seed=5)
+    with Largest() as largest:
+        best_shrunk(train, held_out, 8, "cosine")
+    assert largest.numbers == held_out.numel()
 
 
 def test_few_rows_of_many_correlated_columns_are_not_overfitted():

@@ -5,8 +5,7 @@ are above the last one; those below are replaced by copies of the others, and al
 the threshold stays as it is (Cerou and Guyader 2007). A move is a Langevin step, or a *jump*: up to a random level by
 the noise, down again by the denoiser's kernel. Which levels jumps go to follows from how far they get.
 
-The error is estimated by how many of the first particles have descendants at the end (Lee and Whiteley 2018), here
-for systematic resampling.
+The error is estimated by the descendants of the first particles (Lee and Whiteley 2018), for systematic resampling.
 """
 
 from __future__ import annotations

@@ -120,9 +120,8 @@ def sample(
         sampler: A name in :data:`torchcdm.samplers.SAMPLERS`, or a sampler with settings of its own. Particles are
             proposed by the reverse kernels, whose density is known, and take no other.
         steps: Number of steps, 1 ... T; 25 when None. Particles visit all levels.
-        y: Class of each sample, long (n,), or one for all; None for the unconditional density, for which a joint
-            model draws a class first, unless there are particles, which take one for all. A model with a context takes
-            contexts (n, context), or one for all.
+        y: Class of each sample, long (n,), or context (n, context), or one for all, as particles take. None for the
+            unconditional density, for which a joint model draws a class first, unless there are particles.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
             leave the guided density as it is. Not for particles.
         seed: Seed, not negative.
@@ -134,16 +133,15 @@ def sample(
         shape: Event shape, for a model that does not know its own.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
-        corrector: Accepted Langevin moves after each step, one evaluation each. When None, 1 of particles, and of a
-            composed density unless a sampler is named.
-        particles: Particles of sequential Monte Carlo, at least n.
+        corrector: Accepted Langevin moves after each step, an evaluation each. When None, 1 of particles and, unless a
+            sampler is named, of a composed density.
+        particles: Particles of sequential Monte Carlo, at least n; a collapse of their weights is a warning.
         sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its independent columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
 
     Returns:
-        Samples ``(n, *shape)`` on the CPU, a data frame of a model of a table; or :class:`Draws`. A collapse of the
-        weights is a warning.
+        Samples ``(n, *shape)`` on the CPU, a data frame of a model of a table; or :class:`Draws`.
 
     Raises:
         UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no

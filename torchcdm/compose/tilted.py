@@ -156,8 +156,7 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
 
     Args:
         model: The density, or a composed one.
-        measurement: A, of samples in data units (B, *shape) to (B, *m); differentiable. :func:`mask`, :func:`blur` and
-            :func:`downsampling` make some.
+        measurement: A, differentiable, of samples in data units (B, *shape) to (B, *m), such as :func:`mask` makes.
         y: What was measured, (*m), data units.
         noise_std: s, data units, at least the noise of level 1. None: not known, of prior 1 / s above that.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -37,6 +37,10 @@ TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
 
 
+CPU_NUMBERS, GPU_NUMBERS = 2**20, 2**26
+"""Numbers (components times samples times levels) that are handled at once: in a CPU's cache, and half a gigabyte."""
+
+
 @final
 class MixtureMarginals(BaseDensity):
     """Sum over k of w_k N(alpha_t mu_k, alpha_t² Sigma_k + sigma_t² I) at every level.
@@ -45,8 +49,7 @@ class MixtureMarginals(BaseDensity):
     Sigma_k, (K, d, d); of images in the cosine basis, where spreads are diagonals, (K, d). Sampling starts from the
     ``common`` Gaussian of all data at level T, where the mixture is as good as it.
 
-    The Gaussians may have other weights in each class. What tells classes apart in the weights of modes far from each
-    other, no gradient and no smooth function sees.
+    Each class may have weights of its own: no gradient and no smooth function sees those of modes far from each other.
     """
 
     log_weights: Tensor
@@ -97,8 +100,7 @@ class MixtureMarginals(BaseDensity):
         return self.common
 
     def log_prob_levels(self, x: Tensor) -> Tensor:
-        parts = self.parts.log_prob_levels(self.rotation(x.double()))
-        return (parts + self.log_weights[:, None, None]).logsumexp(0)
+        return self._of_parts(x, lambda parts: (parts + self.log_weights[:, None, None]).logsumexp(0))
 
     def eps(self, x_t: Tensor, t: Level) -> Tensor:
         z = self.rotation(x_t.double())
@@ -133,10 +135,21 @@ class MixtureMarginals(BaseDensity):
     def class_effects(self, x: Tensor) -> Tensor | None:
         if self.class_log_weights is None:
             return None
-        parts = self.parts.log_prob_levels(self.rotation(x.double()))
-        weights = (*self.class_log_weights, self.log_weights)
-        *by_class, common = [(parts + own[:, None, None]).logsumexp(0) for own in weights]
-        return torch.stack([values - common for values in by_class], 1)
+
+        def effects(parts: Tensor) -> Tensor:
+            weights = (*self.class_log_weights, self.log_weights)
+            *by_class, common = [(parts + own[:, None, None]).logsumexp(0) for own in weights]
+            return torch.stack([values - common for values in by_class], 1)
+
+        return self._of_parts(x, effects)
+
+    def _of_parts(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of log p of the components at every level, (K, rows, T+2), of a few rows of ``x`` at a time."""
+        z, numbers = self.rotation(x.double()), CPU_NUMBERS if x.device.type == "cpu" else GPU_NUMBERS
+        rows = max(1, numbers // (len(self.log_weights) * (self.schedule.T + 2)))
+        # Compiled and exported for any number of rows, which a loop over them would fix.
+        some = [z] if torch.compiler.is_compiling() else z.split(rows)
+        return torch.cat([function(self.parts.log_prob_levels(part)) for part in some])
 
     def _shares(self, z: Tensor, t: Level) -> Tensor:
         """p(k | x_t), (B, K), of ``z`` (B, d), x_t in the basis of the components."""

@@ -1,7 +1,6 @@
 """Mean and main directions of the data, from which samplers start below level T.
 
-At much noise the data are all but Gaussian, and a draw of the Gaussian at level t takes the place of the steps above
-it (Wang and Vastola, 2023, arXiv 2311.10892).
+At much noise the data are all but Gaussian: a draw at level t replaces the steps above it (arXiv 2311.10892).
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ class NoiseSchedule(Float64Module, ABC):
         return self._like(self.alpha[t], x), self._like(self.sigma[t], x)
 
     def check_levels(self, t: Level, x: Tensor, wait: bool = True) -> None:
-        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...), by type, shape and range;
-        with ``wait`` on a GPU too."""
+        """Refuses what is no level 0 ... T+1 of each sample, or of all, of ``x`` (B, ...); on a GPU with ``wait``."""
         if isinstance(t, (int, np.integer)) and not isinstance(t, bool):
             wrong = [] if 0 <= t <= self.T + 1 else [t]
         elif not isinstance(t, Tensor):

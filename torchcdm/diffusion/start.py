@@ -108,7 +108,9 @@ def best_shrunk(
     def candidate(share: float) -> Start:
         moved = torch.lerp(variances, variances.mean(1, keepdim=True), share)
         moved = moved.clamp_min(max(floor, 1e-9 * float(moved.max())))
-        log_prob = (log_normal(z[:, None] - means, moved).sum(2) + weights.log()).logsumexp(1)
+        # One Gaussian after the other: differences from all of them at once would be gigabytes.
+        parts = [log_normal(z - mean, own).sum(1) for mean, own in zip(means, moved, strict=True)]
+        log_prob = (torch.stack(parts, 1) + weights.log()).logsumexp(1)
         return Start({"gaussian": True, "components": count, "form": form, "shrinkage": share}, log_prob)
 
     return max(map(candidate, shares), key=lambda one: one.value)

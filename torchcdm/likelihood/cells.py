@@ -66,8 +66,7 @@ class NoisyCells(ABC):
 class EqualCells(NoisyCells):
     """Cells of the same width in every dimension's own unit, x uniform over them, or in their middles.
 
-    In the middles for models trained without dequantisation. Candidates are neighbouring grey levels, data units, on a
-    last axis: (B, *shape, n).
+    In the middles for models trained without dequantisation. Candidates are grey levels nearby, on a last axis.
     """
 
     def log_q(self, z: Tensor, x: Tensor) -> Tensor:

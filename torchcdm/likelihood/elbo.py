@@ -40,8 +40,7 @@ def elbo(
         - \log P(k|x_l) + \log q(x_l|k) - \log q(x_l|x_0)]
 
     x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
-    others: the terms don't need a path. UserError for data or a level that do not fit the model, or more evaluations
-    than levels.
+    others: the terms don't need a path. UserError for data, a level, or evaluations that do not fit the model.
 
     Args:
         denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.

@@ -74,8 +74,7 @@ def probability_flow(
 
     A lower bound on that of data on a grid; for continuous data the density of the data with that noise. Exact up to
     the flow's steps, probes and start density, and normalised by construction. Data as in
-    :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform. Of ``scoring`` level 1 ... T - 1, steps,
-    probes, seed and batch size are used.
+    :func:`torchcdm.likelihood.single_pass`, of any denoiser with a transform; level 1 ... T - 1.
     """
     (x, y), transform, solver = as_data(denoiser, x, y, scoring), denoiser.transform, FlowSolver(denoiser, scoring)
     level = solver.levels[0]

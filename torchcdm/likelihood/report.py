@@ -320,9 +320,8 @@ def judge(
     """Gives the headline where that can be done, and compares it with the flow and the ELBO.
 
     The rows have ``per_nat`` units in a nat of a sample: 1, or 1 / (d log 2) for bits/dim. ``one_pass`` is the row at
-    the ``level`` of ``log_z``, not normalised; None where it was not asked for. NLL by one pass is compared with the
-    flow's by ``gap``, and with the ELBO's by ``over_elbo``, mean difference and standard error. ``conditional`` rows
-    are given a class.
+    the ``level`` of ``log_z``, not normalised; None where it was not asked for. It is compared with the flow by the
+    ``gap``, and with the ELBO by ``over_elbo``, mean and standard error. ``conditional`` rows are given a class.
     """
     if conditional:
         lacking = "log Z of a class-conditional density is not estimated here"

@@ -38,8 +38,7 @@ COVER = 1e-3
 """Share of the Gaussian: it costs as many nats of a sample."""
 
 PASSES, DECODING = 9, 5.0
-"""Passes of a chain, and the noise of its lowest level in that of the level at which data are scored: best on training
-images of clothes."""
+"""Passes of a chain, and its least noise in that of the scoring level: best on training images of clothes."""
 
 BINS, PSEUDO, MOST_VALUES = 64, 0.3, 4096
 """Bins of the denoised value, of equally many numbers; what a table counts from; and the most grey levels of one."""

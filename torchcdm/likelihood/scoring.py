@@ -74,9 +74,8 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
 def scoring_level(model: Denoiser, times: float = 1.0) -> int:
     """The level through which data are scored: the first with noise of so much of a cell, :data:`SCORING_NOISE`.
 
-    Or the first with so many ``times`` as much noise. With less noise the density still has the edges of the cells,
-    which a smooth network cannot draw, and its mean says too little about which cell it is. Level 1 for continuous
-    data.
+    Or so many ``times`` as much. With less noise the density still has the edges of the cells, which no smooth network
+    draws, and its mean says too little about which cell it is. Level 1 for continuous data.
     """
     transform, ratio = model.transform, model.schedule.ratio[1:-1]
     if transform is None or transform.bin is None:
