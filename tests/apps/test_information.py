@@ -66,6 +66,8 @@ def test_what_cannot_be_trusted_is_said():
     far = divergence("kl", 20 + draw.normal(size=500), -20 + draw.normal(size=500))
     assert [note.split(":")[0] for note in far.notes] == ["coverage", "bound"]
     assert far.text("kl").startswith(f"kl: {far.value:.4g} +-") and "coverage: 100 %" in far.text("kl")
+    # A mean that is infinite, whose error is none.
+    assert any("may be infinite" in note for note in divergence("chi2", *np.full((2, 50), 800.0)).notes)
 
 
 def test_rows_that_come_back_are_judged_by_models_that_have_not_seen_them():

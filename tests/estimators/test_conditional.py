@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV
 
 import torchcdm
 from torchcdm.errors import UserError
-from torchcdm.estimators import CDMConditional, CDMDensity
+from torchcdm.estimators import CDMConditional, CDMDensity, smooth
 from torchcdm.estimators.smooth import fit_smooth
 
 TINY = {
@@ -131,6 +131,16 @@ def test_errors_at_rows_left_out_are_those_at_new_rows(curved):
     later = y[400:] - found(x[400:])
     assert abs(errors.std() / later.std() - 1) < 0.1 and later.std() > 1.1 * (y[:400] - found(x[:400])).std()
     assert bool(found.coefficients.any()) == curved
+
+
+def test_kernels_of_a_large_table_are_those_of_some_rows_at_a_time(monkeypatch):
+    x = np.random.RandomState(0).normal(size=(900, 2))
+    found, _ = fit_smooth(x, np.sin(2 * x[:, :1]))
+    at_once, rows, kernels = found(x), [], smooth._kernels
+    monkeypatch.setattr(smooth, "ROWS", 400)
+    monkeypatch.setattr(smooth, "_kernels", lambda z, *rest: rows.append(len(z)) or kernels(z, *rest))
+    np.testing.assert_allclose(found(x), at_once, rtol=1e-12)
+    assert rows == [400, 400, 100] and found(x[:0]).shape == (0, 1)
 
 
 @pytest.mark.slow
@@ -305,6 +315,19 @@ def test_a_series_is_what_its_column_was_in_training():
         model = CDMConditional(**TINY).fit(theta, column.to_frame())
         assert np.array_equal(model.log_prob(theta, column), model.log_prob(theta, column.to_frame()))
         assert model.sample(2, column[:3].rename(None)).equals(model.sample(2, column[:3].to_frame()))
+
+
+def test_an_observation_may_be_a_series_without_names():
+    class Series:  # as that of polars
+        def __array__(self, *_, **__):
+            return np.array([0.5, -1.0])
+
+        def to_frame(self):
+            return object()
+
+    theta, x = pairs()
+    model = CDMConditional(**TINY).fit(theta, x[["a", "b"]])
+    assert model.sample(3, Series()).equals(model.sample(3, np.array([0.5, -1.0])))
 
 
 @pytest.mark.parametrize(

@@ -395,6 +395,8 @@ def test_contamination_is_the_share_of_the_training_table_that_is_flagged():
     # Too few held-out rows for one in twenty: none of them is flagged.
     small = CDMOutlierDetector(**TINY).fit(frame[:40])
     assert (small.predict(frame.iloc[small.validation_indices_]) == 1).all()
+    with pytest.raises(UserError, match="3 samples are too few for the score 'levels'; give more, or take another"):
+        CDMOutlierDetector(**TINY, anomaly_score="levels").fit(frame[:40])
 
 
 def test_outliers_in_the_training_table_are_not_learned_where_contamination_says_that_it_holds_some(tmp_path):

@@ -67,9 +67,7 @@ class TableEstimator(BaseEstimator):
         steps: Optimiser steps at most; that of the preset, or of the size of the table, when None, as below.
         batch_size: Rows in a step.
         lr: Peak learning rate.
-        width: Width of the network.
-        depth: Blocks of the network.
-        dropout: Rate inside the blocks.
+        width, depth, dropout: Of the network: width, number of blocks, and rate inside these.
         components: Gaussians of the mixture that the network corrects; chosen on the validation rows when None, unless
             :meth:`_sized` has a number. So is their shrinkage, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``train.validate_every``.
@@ -251,13 +249,12 @@ class TableEstimator(BaseEstimator):
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """A saved estimator; UserError where there is none of this class, or files are damaged."""
         info = read_info(folder)
-        content = info.estimator or {}
-        if content.get("kind") != cls.__name__:
-            held = content.get("kind", "run")
+        held = (info.estimator or {}).get("kind", "run")
+        if held != cls.__name__:
             raise UserError(f"{folder}: holds a {held}; load it with that class, not {cls.__name__}")
         with restoring(RunFolder(folder).model_info):
-            self = cls(**content["params"])
-            restore(self, self._saved, content["fitted"], ["feature_names_in_"])
+            self = cls(**info.estimator["params"])
+            restore(self, self._saved, info.estimator["fitted"], ["feature_names_in_"])
             widths = (1, len(self.columns_.kept))
             if self._noise.ndim != 2 or self._noise.shape[1] not in widths or not len(self._noise):
                 raise ValueError("_noise has no number for each column")

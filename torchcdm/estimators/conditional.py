@@ -36,8 +36,9 @@ PARTICLES, MOVES = 1000, 2  # of draws given several x together: least number, m
 REGION = 10_000  # draws that say what a region is
 ROUNDS = 20  # so often draws are made again where the prior has mass at none of them
 
-FEW, OBSERVED, DRAWN, PENALTY = 3, 1000, 64, 0.1
-"""Columns of theta up to which the integral of one pass is learned; of so many x, with draws of the start for each."""
+FEW = 3  # columns of theta up to which the integral of one pass is learned
+OBSERVED, DRAWN = 1000, 64  # rows of x that it is learned of, at most, and draws of the start for each
+PENALTY = 0.1
 
 
 @final
@@ -157,7 +158,8 @@ class CDMConditional(DensityEstimator):
         return float(self.log_prob(theta, x).mean())
 
     def sample(self, n: int, x: Any, random_state: Any = None, together: bool = False, prior: Any = None) -> Any:
-        """Draws of theta given x.
+        """Draws of theta given x: float64 (n, p) for one observation, and for all together, (M, n, p) for several.
+        Where theta was a data frame, a data frame: of several with rows (observation, draw).
 
         Args:
             n: Draws for each x.
@@ -167,10 +169,6 @@ class CDMConditional(DensityEstimator):
                 whose weights and moves correct what a sum of the denoisers gets wrong (:mod:`torchcdm.compose`).
             prior: p(theta), for these. The gradient of a ``log_prob`` is used where there is one. Not ``together``,
                 draws where it has no mass are drawn again, as sbi's ``DirectPosterior`` does.
-
-        Returns:
-            float64 (n, p) for one observation, and for all together, (M, n, p) for several. Where theta was a data
-            frame, a data frame: of several with rows (observation, draw).
         """
         check_is_fitted(self)
         read_as(Count, n, "n")
@@ -290,7 +288,8 @@ class CDMConditional(DensityEstimator):
     def _observations(self, x: Any) -> Tensor:
         """The codes of x: a vector is one observation, unless x has one column."""
         if np.ndim(x) < 2 and len(self.x_columns_.columns) > 1:
-            x = x.to_frame().T if hasattr(x, "to_frame") else as_array(x, "x").reshape(1, -1)
+            # A series of pandas has names, that of polars has none.
+            x = x.to_frame().T if hasattr(x, "set_axis") else as_array(x, "x").reshape(1, -1)
         elif hasattr(x, "to_frame"):
             x = x.to_frame(name=self.x_columns_.columns[0].name)
         found = self.x_columns_.encode(data_frame(x, "x", like=self.x_columns_), "x")

@@ -27,8 +27,7 @@ LONELY, BANDWIDTH, DENSITY_ROWS = 3, 2.0, 2000
 """So many times the outliers of a table, and at most half of its rows, are not learned: those with the least kernel
 density of so many rows, wide in deviations of a column, as a group of outliers is dense in itself."""
 
-ROUNDING = 1e-9
-"""Share by which the score of one row may differ between batches: the row at the threshold counts as normal in all."""
+ROUNDING = 1e-9  # share by which a score may differ between batches: the row at the threshold is normal in all
 
 
 @final

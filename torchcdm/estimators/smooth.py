@@ -23,8 +23,10 @@ class SmoothRegression(NamedTuple):
     coefficients: np.ndarray  # of the kernels, (M, p)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        linear = x @ self.weights[:, :-1].T + self.weights[:, -1]
-        return linear + _kernels(x @ self.axes, self.landmarks) @ self.coefficients
+        y = x @ self.weights[:, :-1].T + self.weights[:, -1]
+        for k in range(0, len(x), ROWS):  # kernels of all rows of a large table would be gigabytes
+            y[k : k + ROWS] += _kernels(x[k : k + ROWS] @ self.axes, self.landmarks) @ self.coefficients
+        return y
 
 
 def fit_smooth(x: np.ndarray, y: np.ndarray, smooth: bool = True) -> tuple[SmoothRegression, np.ndarray]:

@@ -95,6 +95,8 @@ def coarse_level(schedule: NoiseSchedule) -> int:
 
 def learn_levels(profile: Tensor, coarse: int) -> dict[str, Tensor]:
     """What :func:`deviation_from_normal` needs of profiles of normal data (N, T+2), nats; at least 10."""
+    if len(profile) < HELD_OUT:
+        raise UserError(f"{len(profile)} samples are too few for the score 'levels'; give more, or take another score")
     fine = profile[:, : coarse + 1]
     kind = best_kind(profile)
     fitted = {"mean": fine.mean(0), "deviation": deviation(fine)} | fit_increments(profile, *kind)

@@ -91,7 +91,6 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
             value, variance = terms.mean(), terms.var(ddof=1) / len(terms)
         if kind.endswith("kl"):
             bound = donsker_varadhan(up, down) if kind == "kl" else donsker_varadhan(-down, -up)
-            apart = abs(value - bound) > max(3 * variance**0.5, 0.1 * abs(value))
     size = effective_sample_size(importance_weights(down))
     coverage = float((up <= down.max()).mean())
     notes = []
@@ -101,9 +100,9 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
         notes.append(f"coverage: {100 * (1 - coverage):.0f} % {what}: {mend}")
     if size < FEW:
         notes.append(f"effective_sample_size: {size:.0f} samples carry the weights p/q; give more of the denominator")
-    if bound is not None and apart:
+    if bound is not None and abs(value - bound) > max(3 * variance**0.5, 0.1 * abs(value)):
         notes.append(f"bound: the ratio is not normalised, Donsker and Varadhan's value is {bound:.3g} nats")
-    if kind == "chi2" and variance**0.5 > 0.2 * abs(value):
+    if kind == "chi2" and not variance**0.5 <= 0.2 * abs(value):
         notes.append("chi2: a few samples carry the mean, which may be infinite; take js, which is bounded")
     return Estimate(float(value), float(variance**0.5), bound, size, coverage, tuple(notes))
 
@@ -117,6 +116,7 @@ def mutual_information(
 
     Log ratios are the :func:`torchcdm.apps.ratio.blending.blend` of several estimates, see
     :mod:`torchcdm.apps.ratio.dependence`; each row has that of models which did not see it. Copies count once.
+    UserError for tables of different length, images, a table whose columns are all constant, too few rows.
 
     Args:
         x: (N,) or (N, d): array, tensor, data frame, the path of a table or a SPEC; at least 20 rows.
@@ -125,9 +125,6 @@ def mutual_information(
         steps: Most training steps of the networks.
         max_seconds: Training stops after so much time.
         device: ``cpu``, ``cuda``, ``cuda:1``; the CPU when None, as the networks are small.
-
-    Raises:
-        UserError: Tables of different length, images, a table whose columns are all constant, too few rows.
 
     Example:
         >>> information = mutual_information(x, y)
@@ -212,6 +209,7 @@ def two_sample_test(
     Of nearby p and q the log ratio is linear in features of a sample. Ridge regression of the source gives it at once,
     so that each permutation has a fit of its own and all samples fit and test: maximum mean discrepancy by a
     spectrally regularised kernel (Hagrass, Sriperumbudur and Li, 2024), by that kernel of several which tells most.
+    UserError for data that do not go together, cells that are no numbers, too few samples or permutations.
 
     Args:
         numerator: At least 20 samples of p, as :meth:`torchcdm.DensityRatio.fit` takes them.
@@ -219,9 +217,6 @@ def two_sample_test(
         permutations: Random permutations, at least 19, which tell p-values of 0.05.
         random_state: Seed of permutations and features.
         options: ``size``, ``channels`` and ``skip_bad`` of files of images.
-
-    Raises:
-        UserError: Data that do not go together, cells that are no numbers, too few samples or permutations.
     """
     values, table, *_ = read_pair(numerator, denominator, options or DataOptions())
     most = max(LANDMARKS, min(ROWS, NUMBERS // values[0][0].numel()))
