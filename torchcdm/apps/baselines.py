@@ -84,9 +84,9 @@ def kernels(train: np.ndarray, floor: float, seed: int) -> Candidates:
 
 
 def mixtures(train: np.ndarray, floor: float, seed: int) -> Candidates:
-    """Gaussian mixtures of several sizes, of ``train`` (N, d), model units; ``floor`` is added to all variances.
+    """Gaussian mixtures of several sizes, of two samples a component at least, of ``train`` (N, d), model units.
 
-    The components begin by ``seed``. Sizes that have fewer than two samples each are left out.
+    They begin by ``seed``; the ``floor`` is added to all variances.
     """
     for form, counts in COMPONENTS.items():
         for count in (count for count in counts if count < len(train) // 2):

@@ -129,16 +129,14 @@ class DensityRatio:
         return replace(options, seed=self.random_state)
 
     def fit(self, numerator: Any, denominator: Any, query: Any = None) -> DensityRatio:
-        """Learns the ratio numerator / denominator. A fit that fails leaves the ratio as it was.
+        """Learns the ratio numerator / denominator. UserError for data that do not go together, cells that are no
+        numbers, fewer than 20 samples: a fit that fails leaves the ratio as it was.
 
         Args:
             numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path
                 of a table, an array or a folder of images, or a SPEC as on the command line.
             denominator: Samples of q, of the same kinds; their number may differ.
             query: What :meth:`scores` will be asked for, if it is there: mistakes in it are told before the training.
-
-        Raises:
-            UserError: Data that do not go together, cells that are no numbers, fewer than 20 samples.
         """
         # Mistakes, before the data are read.
         fields = {} if self.preset is None else preset_fields(self.preset)

@@ -199,13 +199,9 @@ def estimates(
     """
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
-    seen, straight, bent = [], [], []
-    for k in range(MEMBERS):
-        rows = np.flatnonzero(fold != k)
-        candidates = [turned(*sides, rows) for sides in features]
-        seen.append(rows)
-        straight.append(canonical(*scores, rows))
-        bent.append(min(candidates, key=lambda one, rows=rows: one.losses(rows).min()))
+    seen = [np.flatnonzero(fold != k) for k in range(MEMBERS)]
+    straight = [canonical(*scores, rows) for rows in seen]
+    bent = [min((turned(*sides, rows) for sides in features), key=lambda one: one.losses(rows).min()) for rows in seen]
     # A tower reads its side's columns and the variates of its member, padded to one length.
     most, inputs = max(one.correlations.size for one in bent), []
     for side, (columns, products_of) in enumerate(zip(scores, features[1], strict=True)):
