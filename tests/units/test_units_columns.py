@@ -127,3 +127,12 @@ def test_two_normals_side_by_side_are_not_bent():
 def test_noise_on_bent_columns_is_refused(transform):
     with pytest.raises(UserError, match="Gaussianised data, where noise on grey levels or columns is not additive"):
         require_additive_noise(transform)
+
+
+@pytest.mark.parametrize("bent", [True, False])
+def test_numbers_whose_exponential_overflows_have_a_gradient(bent):
+    x = 2000 - 100 * torch.rand(500, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log()
+    transform = ColumnTransform.fit(x, bent=bent)
+    z = transform(x[:5]).requires_grad_()
+    (slope,) = torch.autograd.grad(transform.inverse(z).sum(), z)
+    torch.testing.assert_close(slope[:, 0].log(), -transform.log_det(x[:5]))

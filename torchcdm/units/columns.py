@@ -119,8 +119,9 @@ class ColumnTransform(DataTransform):
         u, floor = z.double(), floor_of(self.least)
         u = torch.where(self.bent, ((u.asinh() + self.skew) / self.tail).sinh(), u)
         y = u * self.scale + self.shift
-        below = (y - floor.log()).clamp_max(0) * floor
-        x = torch.where(self.least > 0, torch.maximum(y, floor.log()).exp() + below, y)
+        log_x = torch.where(self.least > 0, y, 0.0)  # other columns must not overflow: 0 times infinity is no gradient
+        below = (log_x - floor.log()).clamp_max(0) * floor
+        x = torch.where(self.least > 0, torch.maximum(log_x, floor.log()).exp() + below, y)
         for k, histogram in self._columns:
             x[:, k] = histogram.inverse(z[:, k].double(), self.scale[k])
         return x.to(z.dtype)

@@ -97,7 +97,7 @@ class GaussianizedTransform(DataTransform):
     def forward(self, x: Tensor) -> Tensor:
         dtype, x = floating(x), x.double()
         index = self._nearest(x)
-        start, mass = self._at(self.cumulative, index), self._at(self.cumulative.diff(dim=-1), index)
+        start, mass = self._cell(index)
         within = ((x - self.low) / self.bin - index + 0.5).clamp(0, 1)
         return torch.special.ndtri((start + mass * within).clamp(TAIL, 1 - TAIL)).to(dtype)
 
@@ -106,15 +106,15 @@ class GaussianizedTransform(DataTransform):
         edges = self.cumulative.flatten(0, -2)
         index = torch.searchsorted(edges, probability.flatten(1).T.contiguous(), right=True) - 1
         index = index.clamp(0, edges.shape[1] - 2).T.reshape(z.shape)
-        start, mass = self._at(self.cumulative, index), self._at(self.cumulative.diff(dim=-1), index)
+        start, mass = self._cell(index)
         within = ((probability - start) / mass).clamp(0, 1)
         return (self.low + self.bin * (index - 0.5 + within)).to(z.dtype)
 
     def log_det(self, x: Tensor) -> Tensor:
         """As of :class:`DataTransform`; -inf beyond the cells, where there is no density."""
         beyond = (x < self.low - self.bin / 2) | (x > self.high + self.bin / 2)
-        log_mass = self._at(self.log_mass, self._nearest(x.double()))
-        log_slope = log_mass - math.log(self.bin) - log_normal(self(x.double()))
+        _, mass = self._cell(self._nearest(x.double()))
+        log_slope = mass.log() - math.log(self.bin) - log_normal(self(x.double()))
         return log_slope.masked_fill(beyond, -math.inf).flatten(1).sum(1)
 
     def arguments(self) -> dict[str, Any]:
@@ -124,8 +124,7 @@ class GaussianizedTransform(DataTransform):
         """Index of the grey level whose cell holds ``x``, long; 0 for NaN."""
         return ((x - self.low) / self.bin).round().nan_to_num().clamp(0, self.cumulative.shape[-1] - 2).long()
 
-    @staticmethod
-    def _at(table: Tensor, index: Tensor) -> Tensor:
-        """The entries (B, *shape) of ``table`` (*shape, n) at ``index`` (B, *shape)."""
-        flat = table.flatten(0, -2)
-        return flat[torch.arange(len(flat), device=flat.device), index.flatten(1)].reshape(index.shape)
+    def _cell(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """F where the cells at ``index`` begin, and the probability of each, (B, *shape)."""
+        low, high = (self.cumulative[None].take_along_dim(k[..., None], -1)[..., 0] for k in (index, index + 1))
+        return low, high - low

@@ -120,7 +120,7 @@ class Column:
         x = np.where(self.missing & (x >= start + self.cell), x - self.cell, x)
         if self.values and not self.mixed:
             known = np.array(self.values)
-            x = known[np.abs(x[:, None] - known).argmin(1)]
+            x = known[np.searchsorted((known[1:] + known[:-1]) / 2, x)]
         for value in self.values if self.mixed else ():
             x = np.where(x > value, np.maximum(x - self.cell, value), x)
         x[empty] = np.nan
