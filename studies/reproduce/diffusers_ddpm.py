@@ -19,7 +19,8 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion
 from torchcdm.networks.blocks import height_and_width, time_embedding
 from torchcdm.networks.unet import DDMUNet
-from torchcdm.runtime.artefact import read_bytes, read_json, unpacked
+from torchcdm.runtime.artefact import read_json, unpacked
+from torchcdm.runtime.reading import read_bytes
 from torchcdm.runtime.validation import Rate, Width, WidthPair, Widths, read_as, shown, validated
 from torchcdm.units import DataTransform
 

@@ -49,7 +49,7 @@ from small_runs import small_flags
         (["train", "digits", "--out", "R", "--device", "gpu"], "device 'gpu' cannot be used: "),
         (["train", "encoder", "--out", "R"], "no data: "),
         (["train", "mlp", "--out", "R", "--data", "toy:two-moons", "--data.limit", "1"], "one training sample is too"),
-        (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: cannot be read"),
+        (["train", "--config", "nothing.yaml", "--out", "R"], "nothing.yaml: no such file"),
         (["sample", "nowhere", "--out", "S"], "nowhere: holds no trained model"),
         (["nll", "nowhere"], "nowhere: holds no trained model"),
         (["info", "nowhere"], "nowhere: holds no trained model"),
@@ -103,7 +103,8 @@ def test_more_than_memory_holds_is_a_line(capsys, monkeypatch, run, error):
 
 def test_a_configuration_that_is_a_pipe_is_refused_not_waited_for(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    assert "pipe.yaml: is no file" in refuse(capsys, "train", "--config", tmp_path / "pipe.yaml", "--out", tmp_path)
+    said = refuse(capsys, "train", "--config", tmp_path / "pipe.yaml", "--out", tmp_path)
+    assert "pipe.yaml: cannot be read as a file" in said
 
 
 @pytest.mark.parametrize(

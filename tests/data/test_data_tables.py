@@ -233,6 +233,10 @@ def test_other_columns_without_a_name_are_refused(tmp_path, header):
     rows = np.random.RandomState(0).normal(size=(20, 2))
     with pytest.raises(UserError, match="has no name; name it in the first line"):
         load_data(f"table:{write(tmp_path / 't.csv', header, rows)}")
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("pandas").DataFrame(rows, columns=header).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet: column \d has no name; name it in the first line"):
+        load_data(f"table:{tmp_path / 't.parquet'}")
 
 
 def test_a_text_file_of_numpy_is_read(tmp_path):

@@ -11,8 +11,9 @@ from damage import resealed
 
 from torchcdm.errors import UserError
 from torchcdm.runtime import artefact
-from torchcdm.runtime.artefact import read_artefact, read_bytes, read_json, unpacked, write_artefact
+from torchcdm.runtime.artefact import read_artefact, read_json, unpacked, write_artefact
 from torchcdm.runtime.files import TEMPORARY, write_json
+from torchcdm.runtime.reading import read_bytes
 
 TENSORS = {"a.safetensors": {"x": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}}
 CONTENT = {"name": "ä", "values": [1.5, 1e-300, None, True], "pair": (1, 2), "nan": float("nan")}
@@ -100,10 +101,10 @@ def test_foreign_content_with_a_right_checksum(tmp_path):
 def test_files_that_are_missing_or_none(tmp_path):
     path = written(tmp_path)
     (tmp_path / "a.safetensors").unlink()
-    assert "a.safetensors: cannot be read" in refused(lambda: read_artefact(path, "thing", ["a.safetensors"]))
+    assert "a.safetensors: no such file" in refused(lambda: read_artefact(path, "thing", ["a.safetensors"]))
     os.mkfifo(tmp_path / "pipe")
-    assert "pipe: is no file" in refused(lambda: read_json(tmp_path / "pipe"))
-    assert "is no file" in refused(lambda: read_bytes(tmp_path))
+    assert "pipe: cannot be read as a file" in refused(lambda: read_json(tmp_path / "pipe"))
+    assert "it is a folder, not a file" in refused(lambda: read_bytes(tmp_path))
     assert "no safetensors" in refused(lambda: unpacked(b"\xff" * 8, tmp_path / "bad.safetensors"))
 
 
@@ -160,5 +161,5 @@ def test_only_its_own_kind_is_replaced(tmp_path):
 
 
 def test_a_path_that_cannot_be_is_one_line():
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be opened"):
         read_bytes(Path("a\0b"))

@@ -262,5 +262,5 @@ def test_on_the_command_line_it_is_one_line_and_exit_code_2(run, capsys):
 def test_files_that_may_not_be_read(run):
     for name in MODEL:
         (run / name).chmod(0)
-        refused(lambda: load(run), name, "cannot be read")
+        refused(lambda: load(run), name, "cannot be read as a file")
         (run / name).chmod(0o600)

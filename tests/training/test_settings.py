@@ -113,7 +113,7 @@ def test_file_mistakes(tmp_path):
     with pytest.raises(UserError, match=f"{broken}, line 2: not valid YAML") as caught:
         file_fields(broken)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="nothing.yaml: cannot be read"):
+    with pytest.raises(UserError, match="nothing.yaml: no such file"):
         file_fields(tmp_path / "nothing.yaml")
     broken.write_text("just text")
     with pytest.raises(UserError, match="holds fields with values"):

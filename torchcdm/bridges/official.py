@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchcdm.data.reading import reading
 from torchcdm.errors import UserError
 from torchcdm.networks.unet import CDMUNet
+from torchcdm.runtime.reading import reading
 from torchcdm.training.checkpoint import check_shapes
 
 PARTS = {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchcdm.data.images import channels_first, conform
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import reading
 from torchcdm.data.source import Grid, MemorySplit, Samples, single
 from torchcdm.errors import UserError, reason
+from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
 
 SUFFIXES = (".npy", ".npz")

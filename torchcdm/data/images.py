@@ -11,9 +11,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from torchcdm.data.reading import reading
 from torchcdm.data.source import Size
 from torchcdm.errors import UserError
+from torchcdm.runtime.reading import reading
 
 _SUFFIXES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .pgm .ppm .pnm .jp2 .npy"
 SUFFIXES = frozenset(_SUFFIXES.split())

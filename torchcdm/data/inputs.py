@@ -15,9 +15,9 @@ from torch import Tensor
 from torchcdm.data import arrays, images, tables
 from torchcdm.data.folders import find_files, left_out
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import file_status, printable
 from torchcdm.data.source import places_of, single
 from torchcdm.errors import UserError
+from torchcdm.runtime.reading import file_status, printable
 from torchcdm.units import DataTransform, TableEncoding
 
 if TYPE_CHECKING:

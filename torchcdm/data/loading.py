@@ -19,10 +19,10 @@ from torchcdm.data import arrays, folders, hub, named, tables
 from torchcdm.data.clusters import in_clusters, without_labels
 from torchcdm.data.images import channels_first, from_pillow
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import file_status
 from torchcdm.data.source import CropSplit, DataSource, Grid, LazySplit, MemorySplit, Samples, Split, single
 from torchcdm.errors import UserError, nearest
 from torchcdm.random import evenly_spaced, permutation
+from torchcdm.runtime.reading import file_status
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.frames import as_frame, is_frame
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
@@ -62,7 +62,7 @@ def load_data(data: str | DataOptions, like: DataTransform | None = None, **fiel
         ((1, 8, 8), 1300, 200, 297)
     """
     options = replace(data if isinstance(data, DataOptions) else DataOptions(data), **fields)
-    source = replace(_limited(assemble(read_samples(options, like), options, like), options), options=options)
+    source = replace(assemble(read_samples(options, like), options, like), options=options)
     if len(source.shape) == 1 and (options.size is not None or options.channels is not None):
         raise UserError(f"size and channels are for images; {source.name} holds vectors of {source.shape[0]} numbers")
     return source
@@ -91,7 +91,7 @@ def from_object(data: Any, labels: Any = None, options: DataOptions | None = Non
             raise UserError("labels have no effect on a DataSource, which has its own; make it with them")
         return data
     options = replace(options or DataOptions(), **fields)
-    return _limited(assemble(samples_of(data, labels, options), options), options)
+    return assemble(samples_of(data, labels, options), options)
 
 
 def samples_of(data: Any, labels: Any, options: DataOptions, name: str | None = None) -> Samples:
@@ -136,13 +136,6 @@ def _check_no_columns(options: DataOptions, name: str) -> None:
     columns = [*([options.label] if options.label else []), *(options.columns or ()), *options.drop]
     if columns:
         raise UserError(f"'{columns[0]}' names a column of a table; {name} has no columns")
-
-
-def _limited(source: DataSource, options: DataOptions) -> DataSource:
-    """At most ``options.limit`` samples of each split, evenly spaced."""
-    if options.limit is None:
-        return source
-    return source.mapped(lambda split: split.select(evenly_spaced(len(split), options.limit)))
 
 
 def check_spec(spec: str) -> None:
@@ -227,9 +220,8 @@ def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
 def assemble(samples: Samples, options: DataOptions, like: DataTransform | None = None) -> DataSource:
     """The source of samples; columns of a table that are constant in training are left out.
 
-    The ``options`` have seed and shares of missing splits, and say whether samples are dequantised. ``like`` is that
-    of the model that scores the data; None to measure the units on the training split. UserError for too few samples,
-    nothing that varies, or data that do not fit the model.
+    ``like`` is the transform of the model that scores the data; None to measure the units on the training split.
+    UserError for too few samples, nothing that varies, or data that do not fit the model.
     """
     name, table = samples.name, samples.table
     if not samples.parts["train"]:
@@ -247,28 +239,31 @@ def assemble(samples: Samples, options: DataOptions, like: DataTransform | None 
             if (single(column, what).numpy() - column).std() > ROUNDING * column.std():
                 raise UserError(f"{what} varies less than float32 resolves; subtract an offset")
         splits = tuple(MemorySplit(single(part.tensors()[0].numpy(), name), part.labels) for part in splits)
+    shape, transform = tuple(first.shape), like
     if like is not None:
-        _check_units(tuple(first.shape), samples.grid, like, name)
-        scored = DataSource(name, *splits, like, samples.class_names, tuple(notes))
-        return scored if options.clusters is None else without_labels(scored)
-    shape, more = tuple(first.shape), []
-    if samples.grid is not None:
+        _check_units(shape, samples.grid, like, name)
+    elif samples.grid is not None:
         low, high = samples.grid
         transform = DataTransform.images(shape, high - low + 1, options.dequantize, low)
     elif len(shape) == 1:
         transform, more = _measure_columns(splits[0].tensors()[0], table, options.dequantize, name)
+        notes += more
     else:
         x, _ = splits[0].tensors(limit=10_000)
         if bool((x == x.flatten()[0]).all()):
             raise UserError(f"{name}: all values are equal; there is nothing to learn")
         transform = DataTransform.standardize(x)
-    transform.table = table
-    if samples.class_names is not None:
+    if like is None:
+        transform.table = table
         seen = set(splits[0].labels.tolist())
-        unseen = [label for k, label in enumerate(samples.class_names) if k not in seen]
-        more += [f"no training sample has the class {', '.join(unseen)}."] if unseen else []
-    source = DataSource(name, *splits, transform, samples.class_names, (*notes, *more))
-    return source if options.clusters is None else in_clusters(source, options.clusters, options.seed)
+        unseen = [label for k, label in enumerate(samples.class_names or ()) if k not in seen]
+        notes += [f"no training sample has the class {', '.join(unseen)}."] if unseen else []
+    source = DataSource(name, *splits, transform, samples.class_names, tuple(notes))
+    if options.clusters is not None:
+        source = in_clusters(source, options.clusters, options.seed) if like is None else without_labels(source)
+    if options.limit is not None:
+        source = source.mapped(lambda split: split.select(evenly_spaced(len(split), options.limit)))
+    return source
 
 
 def _complete_splits(samples: Samples, options: DataOptions) -> tuple[tuple[Split, Split, Split], str]:

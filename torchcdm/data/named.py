@@ -20,10 +20,10 @@ from torchcdm.data.arrays import convert_images, read_labels
 from torchcdm.data.folders import inspect
 from torchcdm.data.images import describe, read_image
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import reading
 from torchcdm.data.source import LazySplit, MemorySplit, Samples, Split
 from torchcdm.errors import UserError, nearest
 from torchcdm.random import permutation, stream
+from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
 
 POOL_SEED = 0

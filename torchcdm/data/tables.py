@@ -14,9 +14,9 @@ import numpy as np
 
 from torchcdm.data.arrays import read_labels
 from torchcdm.data.options import DataOptions
-from torchcdm.data.reading import reading
 from torchcdm.data.source import MemorySplit, Samples
 from torchcdm.errors import UserError, nearest, needed
+from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform, TableEncoding
 from torchcdm.units.frames import note_down, noted, without_counter
 
@@ -48,13 +48,14 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
     """
     if not is_table(path):
         raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
-    parquet = path.suffix.lower() == ".parquet"
-    frame, notes, problems = _read_parquet(path, group) if parquet else _read_csv(path, options.skip_bad)
+    frame = _read_parquet(path, group) if path.suffix.lower() == ".parquet" else _read_csv(path, options.skip_bad)
     twice = frame.columns[frame.columns.duplicated() & (frame.columns != "")].unique()
-    problems += [f"two columns are called '{name}'" for name in twice]
-    if len(twice) or "" in frame.columns:
-        raise UserError(f"{path}: {'; '.join(problems)}; name it in the first line, each column by a name of its own")
-    note_down(frame, name=str(path), notes=notes, problems=problems)
+    wrong = [f"column {k + 1} has no name" for k, column in enumerate(frame.columns) if column == ""]
+    wrong += [f"two columns are called '{name}'" for name in twice]
+    if wrong:
+        wrong = "; ".join([*noted(frame, "problems"), *wrong])
+        raise UserError(f"{path}: {wrong}; name it in the first line, each column by a name of its own")
+    note_down(frame, name=str(path))
     return frame
 
 
@@ -120,7 +121,7 @@ def select(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
     return frame[list(columns)]
 
 
-def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[str]]:
+def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
     """Comma, semicolon or tab separated, or by spaces where the first line has numbers and spaces alone, as NumPy
     writes them; the first line names the columns unless it is all numbers."""
     import pandas as pd
@@ -154,10 +155,8 @@ def _read_csv(path: Path, skip_bad: bool) -> tuple[DataFrame, list[str], list[st
         problems.append(f"line {bad[0][0]} has {len(bad[0][1])} cells, the first line has {len(header)}{more}")
     index = pd.Index([number for number, _ in fitting], name="line", dtype=int)
     frame = pd.DataFrame([row for _, row in fitting], index, header, dtype=str)
-    note_down(frame, notes=notes)
-    frame = without_counter(frame) if header[0] == "" and "" not in header[1:] else frame
-    problems += [f"column {k + 1} has no name" for k, column in enumerate(frame.columns) if column == ""]
-    return frame, noted(frame, "notes"), problems
+    note_down(frame, notes=notes, problems=problems)
+    return without_counter(frame) if header[0] == "" and "" not in header[1:] else frame
 
 
 def row_groups(path: Path) -> int:
@@ -166,7 +165,7 @@ def row_groups(path: Path) -> int:
         return file.num_row_groups
 
 
-def _read_parquet(path: Path, group: int | None) -> tuple[DataFrame, list[str], list[str]]:
+def _read_parquet(path: Path, group: int | None) -> DataFrame:
     import pandas as pd
 
     with _parquet(path) as file:
@@ -178,7 +177,8 @@ def _read_parquet(path: Path, group: int | None) -> tuple[DataFrame, list[str], 
         names = [table.column_names[k] for k in kept]
         frame = table.select(kept).rename_columns([str(k) for k in kept]).to_pandas(ignore_metadata=True)
         frame = frame.set_axis(pd.RangeIndex(before, before + len(frame))).set_axis(map(str, names), axis=1)
-    return frame, [f"the index of the data frame is left out: {', '.join(index)}."] if index else [], []
+    note_down(frame, notes=[f"the index of the data frame is left out: {', '.join(index)}."] if index else [])
+    return frame
 
 
 @contextmanager

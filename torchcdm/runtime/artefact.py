@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from torchcdm import __version__
 from torchcdm.errors import UserError, reason
 from torchcdm.runtime.files import beside, check_replaced, flush_folder, new_file, without_nan, write_file, writing
+from torchcdm.runtime.reading import read_bytes
 from torchcdm.runtime.validation import read_as
 
 FORMAT = 5
@@ -110,16 +110,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: bytes | str) -> Any:
     """JSON without NaN and infinite numbers, which it does not have and Python would take: ValueError."""
     return json.loads(text, parse_constant=_finite, parse_float=_finite)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file; UserError for any other."""
-    try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            return path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise UserError(f"{path}: cannot be read ({reason(error)})") from None
-    raise UserError(f"{path}: is no file, give one")
 
 
 def damaged(path: Path, what: str) -> NoReturn:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic_core import to_jsonable_python
 
 from torchcdm.errors import UserError, reason
 
@@ -102,11 +103,7 @@ def flush_folder(path: Path) -> None:
 
 def without_nan(value: Any) -> Any:
     """Plain values with null in place of numbers that are not finite, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return to_jsonable_python(value, inf_nan_mode="null")
 
 
 def write_json(path: Path, value: Any) -> None:

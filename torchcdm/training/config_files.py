@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from torchcdm.errors import UserError, nearest
-from torchcdm.runtime.artefact import read_bytes
+from torchcdm.runtime.reading import read_bytes
 from torchcdm.runtime.validation import encode, join, read_as, shown
 from torchcdm.training.settings import Config
 

@@ -13,8 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.artefact import parse_json, read_bytes, settle
+from torchcdm.runtime.artefact import parse_json, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
+from torchcdm.runtime.reading import read_bytes
 
 
 class RunFolder:

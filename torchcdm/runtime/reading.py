@@ -1,4 +1,4 @@
-"""The one way in which files of data are opened: regular files only, and one line for whatever is wrong with them."""
+"""The one way in which files are opened: regular files only, and one line for whatever is wrong with them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ def reading(path: Path, kind: str, mend: str = "") -> Iterator[BinaryIO]:
     except Exception as error:  # decoders raise anything on damaged files
         text = reason(error).replace(str(path), path.name)
         raise UserError(f"{path}: cannot be read as {kind} ({text}){mend}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file; UserError for any other."""
+    with reading(path, "a file") as file:
+        return file.read()
 
 
 def printable(path: Path | str) -> str:
