@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+# Packages whose lines are not the user's.
 CALLERS = ("torchcdm", "sklearn", "joblib", "torch", "pydantic", "contextlib")
-"""Packages whose lines are not the user's."""
 
 
 class UserError(ValueError):

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-STRIDE = 0x9E3779B1
-"""Odd: the seeds of one purpose differ for all indices below 2**32."""
+STRIDE = 0x9E3779B1  # odd: the seeds of one purpose differ for all indices below 2**32
 
 
 def derive(seed: int, purpose: str, *index: int) -> int:

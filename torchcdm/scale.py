@@ -32,11 +32,9 @@ from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.training.checkpoint import load
 from torchcdm.units import TableEncoding
 
+# Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them.
 PATH, PART, ARRAYS = "path", "part", ("image", "data", "x")
-"""Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them."""
-
-RESULTS = frozenset(("score", "percentile", "flag", "deviating", "where"))
-"""Columns that scores add to a batch."""
+RESULTS = frozenset(("score", "percentile", "flag", "deviating", "where"))  # columns that scores add to a batch
 
 Columns = dict[str, np.ndarray]
 

@@ -19,17 +19,11 @@ from torchcdm.errors import UserError, reason
 from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
 
-SUFFIXES = (".npy", ".npz")
-"""Of files of arrays."""
-
+SUFFIXES = (".npy", ".npz")  # of files of arrays
 DATA_KEYS = ("x", "images", "data")
 LABEL_KEYS = ("y", "labels")
-
-NUMBER = re.compile(r"\s*(0|-?[1-9][0-9]*)\s*")
-"""Labels that are whole numbers; 01 is a text, another one than 1."""
-
-LARGEST = 2**20
-"""Grey levels are smaller: float32 has no 16 places left in the cell of a larger one."""
+NUMBER = re.compile(r"\s*(0|-?[1-9][0-9]*)\s*")  # labels that are whole numbers; 01 is a text, another one than 1
+LARGEST = 2**20  # grey levels are smaller: float32 has no 16 places left in the cell of a larger one
 
 
 def load(path: str, options: DataOptions, like: DataTransform | None = None) -> Samples:

@@ -17,11 +17,10 @@ from torchcdm.data.source import NO_LABEL, DataSource
 from torchcdm.errors import UserError
 from torchcdm.random import stream
 
+# Most samples that groups are found in, numbers that are held at a time, and fewest samples for each group.
 ROWS, NUMBERS, EACH = 12_000, 2**26, 10
-"""Most samples that groups are found in, numbers that are held at a time, and fewest samples for each group."""
-
+# Of each sample in the graph, in so many main directions; and its ties to all samples over those to neighbours.
 NEIGHBOURS, DIRECTIONS, TIE = 10, 50, 0.1
-"""Of each sample in the graph, in so many main directions; and its ties to all samples over those to neighbours."""
 
 
 def without_labels(source: DataSource) -> DataSource:
@@ -59,7 +58,7 @@ def spectral_groups(x: np.ndarray, count: int, rng: np.random.Generator) -> np.n
 def in_clusters(source: DataSource, count: int, seed: int) -> DataSource:
     """The same source with ``count`` groups of its training samples, found in model units, as classes.
 
-    Groups are those of at most :data:`ROWS` samples by their main directions; each other sample joins most of its
+    Groups are those of at most ``ROWS`` samples by their main directions; each other sample joins most of its
     nearest ones. The other splits have none: the group of a sample says something of it that a likelihood must not be
     told. UserError for fewer training samples than groups.
     """

@@ -18,10 +18,10 @@ from torchcdm.data.options import DataOptions
 from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
 
+# What splits are called, here and on the Hub.
 SPLIT_NAMES = {
     "train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test", "testing"),
 }  # fmt: skip
-"""What splits are called, here and on the Hub."""
 
 T = TypeVar("T")
 

@@ -16,22 +16,14 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.reading import reading
 
 _SUFFIXES = ".png .jpg .jpeg .bmp .gif .webp .tif .tiff .pgm .ppm .pnm .jp2 .npy"
-SUFFIXES = frozenset(_SUFFIXES.split())
-"""Files that count as images; an .npy file holds one image, of any number of channels."""
-
+SUFFIXES = frozenset(_SUFFIXES.split())  # of images; an .npy file holds one image, of any number of channels
+# What Pillow may take a file for, whatever its name says: others, PostScript for one, start programs.
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000")
-"""What Pillow may take a file for, whatever its name says: others, PostScript for one, start programs."""
-
+# What a file should be, and what to do about one that is not, for messages.
 IMAGE = ("an image", "; skip-bad leaves such files out")
-"""What a file should be, and what to do about one that is not, for messages."""
-
-HIGHS = {"u1": 255, "u2": 65535}
-"""Largest value of unsigned integers in .npy files."""
-
-WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-
-LUMA = (0.299, 0.587, 0.114)
-"""ITU-R 601 weights of red, green and blue, as in Pillow."""
+HIGHS = {"u1": 255, "u2": 65535}  # largest value of unsigned integers in .npy files
+WIDE_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # modes of Pillow whose values are 0 ... 65535
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601 weights of red, green and blue, as in Pillow
 
 
 class ImageInfo(NamedTuple):
@@ -84,7 +76,7 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
 
 
 def opened(file: Any) -> Image.Image:
-    """A Pillow image of one of :data:`FORMATS` from a file or its path."""
+    """A Pillow image of one of ``FORMATS`` from a file or its path."""
     return Image.open(file, formats=FORMATS)
 
 
@@ -133,7 +125,7 @@ def to_channels(image: Tensor, channels: int, white: float) -> Tensor:
     """An image (C, H, W), data units, in 1, 3 or 4 channels: grey, colour and alpha; UserError for any other.
 
     Alpha, the last of 2 or 4 channels, is blended over ``white``, the data value that is opaque, too; grey to colour
-    repeats; colour to grey takes :data:`LUMA`; an alpha channel that is asked for is opaque.
+    repeats; colour to grey takes ``LUMA``; an alpha channel that is asked for is opaque.
     """
     have = image.shape[0]
     if have == channels:

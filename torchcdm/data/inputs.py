@@ -23,8 +23,8 @@ from torchcdm.units import DataTransform, TableEncoding
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+# Parts of a file: all samples of it; or the one image that it is, as a file in a folder of images.
 WHOLE, IMAGE = -1, 0
-"""Parts of a file: all samples of it; or the one image that it is, as a file in a folder of images."""
 
 
 class Inputs(NamedTuple):
@@ -80,7 +80,7 @@ def parts_of(
     """The paths as files and parts of files that :func:`read_inputs` reads one at a time, in its order; and notes.
 
     Folders hold images, or tables for a model of rows. The part of a Parquet file is a row group, unless not
-    ``groups``; that of an image in a folder is :data:`IMAGE`, of all others :data:`WHOLE`.
+    ``groups``; that of an image in a folder is ``IMAGE``, of all others ``WHOLE``.
     """
     found, notes = [], []
     for path in map(Path, paths):

@@ -28,15 +28,13 @@ from torchcdm.units.frames import as_frame, is_frame
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 from torchcdm.units.table import beyond_float32
 
+# Share of the samples that validation and test each get where the data do not say it themselves.
 DEFAULT_FRACTION = 0.1
-"""Share of the samples that validation and test each get where the data do not say it themselves."""
-
-SMALLEST_SPLITTABLE = 10
-"""Below this many samples data are not split at random."""
-
+SMALLEST_SPLITTABLE = 10  # below this many samples data are not split at random
+# Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused.
 ROUNDING = 0.01
-"""Deviation of what rounding to float32 takes from a column, beside the column's own, above which it is refused."""
 
+# What a SPEC may begin with: the loader, which gets what follows the colon, and how that is written.
 LOADERS: dict[str, tuple[Callable[[str, DataOptions, DataTransform | None], Samples], str]] = {
     "digits": (named.digits, ""), "fashion-mnist": (named.fashion_mnist, "[:PATH]"),
     "cifar10": (named.cifar10, "[:PATH]"), "celeba": (named.celeba, "[:PATH]"), "folder": (folders.load, ":PATH"),
@@ -44,7 +42,6 @@ LOADERS: dict[str, tuple[Callable[[str, DataOptions, DataTransform | None], Samp
     "hf": (hub.load, ":NAME, such as hf:ylecun/mnist"), "toy": (named.toy, ":NAME, such as toy:two-moons"),
     "wine": (named.wine, ""),
 }  # fmt: skip
-"""What a SPEC may begin with: the loader, which gets what follows the colon, and how that is written."""
 
 
 def load_data(data: str | DataOptions, like: DataTransform | None = None, **fields: Any) -> DataSource:

@@ -26,16 +26,11 @@ from torchcdm.random import permutation, stream
 from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
 
-POOL_SEED = 0
-"""Seed of the permutation that parts training from validation. Fixed, so that published numbers compare."""
-
-TOY_SIZES = {"train": 10_000, "validation": 2_000, "test": 2_000}
-"""Samples of a toy distribution."""
-
-DATA_VARIABLE = "TORCHCDM_DATA"
-"""Environment variable that names a folder with data sets."""
-
+POOL_SEED = 0  # seed of the permutation that parts training from validation, fixed so that published numbers compare
+TOY_SIZES = {"train": 10_000, "validation": 2_000, "test": 2_000}  # samples of a toy distribution
+DATA_VARIABLE = "TORCHCDM_DATA"  # environment variable that names a folder with data sets
 SYSTEM_FOLDERS = {"fashion-mnist": "/usr/share/datasets/fashion-mnist"}
+
 _IDX = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
 FASHION_FILES = [(f"{name}-ubyte.gz", f"{name}-ubyte") for name in _IDX]
 _CLASSES = "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, Ankle boot"
@@ -45,8 +40,7 @@ CIFAR_FOLDER = "cifar-10-batches-bin"
 CIFAR_FILES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-CELEBA_BOX = (25, 57, 153, 185)
-"""The 128 x 128 pixels around (89, 121): left, upper, right, lower."""
+CELEBA_BOX = (25, 57, 153, 185)  # the 128 x 128 pixels around (89, 121): left, upper, right, lower
 CELEBA_SIZE, CELEBA_FILE_SIZE = (64, 64), (218, 178)
 CELEBA_IMAGES = ("img_align_celeba", "Img/img_align_celeba")
 CELEBA_PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")

@@ -17,10 +17,8 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.files import write_file, write_rows
 from torchcdm.units import DataTransform
 
-GRID_GAP = 2
-"""Pixels between the images of a grid."""
-GRID_SIDE = 64
-"""Screen pixels up to which a grid enlarges small images, by a whole factor."""
+GRID_GAP = 2  # pixels between the images of a grid
+GRID_SIDE = 64  # screen pixels up to which a grid enlarges small images, by a whole factor
 
 
 def to_bytes(x: Tensor, transform: DataTransform | None = None, limits: tuple[float, float] | None = None) -> Tensor:
@@ -68,7 +66,7 @@ def check_no_more(folder: Path, n: int) -> None:
 def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = None, columns: int | None = None) -> Path:
     """All images (N, C, H, W), data units, in one PNG, to look at; grey levels as by :func:`to_bytes`.
 
-    They stand in so many ``columns``, as square as possible when None; small ones are enlarged to :data:`GRID_SIDE`.
+    They stand in so many ``columns``, as square as possible when None; small ones are enlarged to ``GRID_SIDE``.
     Those that are neither grey nor colour show their channels side by side.
     """
     write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))

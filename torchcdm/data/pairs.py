@@ -25,16 +25,10 @@ from torchcdm.units.lattice import Cells, Discrete, spread
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SOURCES = ("denominator", "numerator")
-"""The classes 0 and 1."""
-
-MIN_ROWS = 20
-"""Fewest samples of each data set."""
-
-HELD_OUT = 0.15
-"""Share of each data set that is held out unless another is given."""
-
-PAIR = "numerator / denominator"
+SOURCES = ("denominator", "numerator")  # the classes 0 and 1
+MIN_ROWS = 20  # fewest samples of each data set
+HELD_OUT = 0.15  # share of each data set that is held out unless another is given
+PAIR = "numerator / denominator"  # what messages call both
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ def pair_up(
         numerator: As :func:`torchcdm.data.from_object` takes them, but no DataSource; a SPEC, or the path of a table,
             an array or a folder of images. Of a data set with splits, the training one.
         denominator: Another, with the same columns or the same shape.
-        options: ``validation_fraction`` is the share of each that is held out, :data:`HELD_OUT` when None; ``seed`` is
+        options: ``validation_fraction`` is the share of each that is held out, ``HELD_OUT`` when None; ``seed`` is
             that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.
         discrete: Columns with few values: ``dequantize`` adds uniform noise over their cells, ``error`` names them.
     """

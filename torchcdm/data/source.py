@@ -24,19 +24,11 @@ from torchcdm.errors import UserError, nearest
 from torchcdm.random import evenly_spaced
 from torchcdm.units import DataTransform, TableEncoding
 
-MEMORY_LIMIT = 512 * 2**20
-"""Bytes up to which a data set that lies in files is read into memory when it is loaded."""
-
-FINGERPRINT = 100
-"""Samples of each split that a fingerprint is of."""
-
+MEMORY_LIMIT = 512 * 2**20  # bytes up to which a data set that lies in files is read into memory when it is loaded
+FINGERPRINT = 100  # samples of each split that a fingerprint is of
 NO_LABEL = -1
-
-Size = tuple[int, int]
-"""Height and width, pixels."""
-
-Grid = tuple[int, int]
-"""Smallest and largest grey level of integer data; None stands for continuous data."""
+Size = tuple[int, int]  # height and width, pixels
+Grid = tuple[int, int]  # smallest and largest grey level of integer data; None stands for continuous data
 
 
 class Split(Dataset, ABC):
@@ -125,7 +117,7 @@ class LazySplit(Split):
         return result
 
     def in_memory_if_small(self, total: int) -> Split:
-        """The samples in memory where ``total`` of them fit (:data:`MEMORY_LIMIT`), else as they are."""
+        """The samples in memory where ``total`` of them fit (``MEMORY_LIMIT``), else as they are."""
         small = len(self) and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
         return MemorySplit(*self.tensors()) if small else self
 
@@ -277,7 +269,7 @@ def _count(numbers: Sequence[str], names: Sequence[str]) -> bool:
 
 
 def fingerprint(source: DataSource) -> str:
-    """A hash that tells data apart: units, counts, and :data:`FINGERPRINT` evenly spaced samples of every split."""
+    """A hash that tells data apart: units, counts, and ``FINGERPRINT`` evenly spaced samples of every split."""
     digest = hashlib.sha256(json.dumps(source.transform.to_config()).encode())
     for split in source.splits.values():
         x, y = split.tensors(FINGERPRINT)

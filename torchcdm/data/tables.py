@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".txt.gz")
-SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
-"""Of table files."""
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")  # of table files
 
 
 def is_table(path: Path | str) -> bool:

@@ -22,15 +22,9 @@ from torchcdm.runtime.files import beside, check_replaced, flush_folder, new_fil
 from torchcdm.runtime.reading import read_bytes
 from torchcdm.runtime.validation import read_as
 
-FORMAT = 5
-"""Version of everything that is saved; raised when an older reader would misread it."""
-
-ATTEMPTS = 3
-"""Readings of an artefact, which another process may replace meanwhile."""
-
-SEAL = ("format", "kind", "torchcdm", "files", "sha256")
-"""Fields that every artefact has beside its own."""
-
+FORMAT = 5  # version of everything that is saved; raised when an older reader would misread it
+ATTEMPTS = 3  # readings of an artefact, which another process may replace meanwhile
+SEAL = ("format", "kind", "torchcdm", "files", "sha256")  # fields that every artefact has beside its own
 MEND = "restore it from a copy, or make it again"
 
 

@@ -17,11 +17,9 @@ from pydantic_core import to_jsonable_python
 
 from torchcdm.errors import UserError, reason
 
-TEMPORARY = ".writing-"
-"""Prefix of what is being written; left behind by a crash, it is cleaned up and never read."""
-
+TEMPORARY = ".writing-"  # prefix of what is being written; left behind by a crash, it is cleaned up and never read
+# How texts are written: names of files that are not UTF-8 as the system has them.
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-"""How texts are written: names of files that are not UTF-8 as the system has them."""
 
 
 @contextmanager

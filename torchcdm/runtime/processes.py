@@ -19,15 +19,12 @@ from torch import Tensor
 
 from torchcdm.errors import UserError, reason, warn
 
+# Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long;
+# values and least samples on a GPU, if its memory holds as many.
 CPU_VALUES, CPU_ROWS, GPU_VALUES, GPU_ROWS = 2**15, (16, 4096), 2**18, 64
-"""Values, and least and most samples, of a batch on a CPU: beyond its caches a batch of images takes twice as long;
-values and least samples on a GPU, if its memory holds as many."""
-
+# Samples that memory held when it ran out, by their values and device: later batches are no larger.
 _HELD: dict[tuple[int, torch.device], int] = {}
-"""Samples that memory held when it ran out, by their values and device: later batches are no larger."""
-
-Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])
-"""Results with one entry per sample: a tensor, or several."""
+Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])  # results with one entry per sample: a tensor, or several
 
 
 @final
@@ -98,10 +95,7 @@ def several() -> bool:
 
 
 _SHARED_BY: ContextVar[Processes | None] = ContextVar("shared_by", default=None)
-
-
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-"""What glibc's ``mallopt`` calls its parameters, ``malloc.h``."""
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # what glibc's ``mallopt`` calls its parameters, ``malloc.h``
 
 
 @contextmanager

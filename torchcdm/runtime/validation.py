@@ -34,32 +34,25 @@ def _real(value: Any) -> Any:
 
 Int = Annotated[int, Strict(), BeforeValidator(_whole)]
 Float = Annotated[float, Strict(), AllowInfNan(False), BeforeValidator(_real)]
-Count = Annotated[Int, Ge(1), Le(10**9)]
-"""Something that there is one of at least."""
+Count = Annotated[Int, Ge(1), Le(10**9)]  # something that there is one of at least
 CountOrZero = Annotated[Int, Ge(0), Le(10**9)]
-Width = Annotated[Int, Ge(1), Le(2**14)]
-"""Width of a layer, or number of layers."""
+Width = Annotated[Int, Ge(1), Le(2**14)]  # width of a layer, or number of layers
 Widths = Annotated[tuple[Width, ...], Len(1, 32)]
-Sides = tuple[Width, ...]
-"""Sides of images, in pixels; none where there are no such images."""
-Levels = Annotated[Int, Ge(2), Le(100_000)]
-"""Number of noise levels T."""
+Sides = tuple[Width, ...]  # sides of images, in pixels; none where there are no such images
+Levels = Annotated[Int, Ge(2), Le(100_000)]  # number of noise levels T
 Positive = Annotated[Float, Gt(0)]
 NotNegative = Annotated[Float, Ge(0)]
-Rate = Annotated[Float, Ge(0), Lt(1)]
-"""Share that must leave something: of dropout, of decay."""
+Rate = Annotated[Float, Ge(0), Lt(1)]  # share that must leave something: of dropout, of decay
 Share = Annotated[Float, Ge(0), Le(1)]
 Seed = Annotated[Int, Ge(0), Lt(2**63)]
 WidthPair = Annotated[tuple[Width, ...], Len(2, 2)]
 RatePair = Annotated[tuple[Rate, ...], Len(2, 2)]
-ProperShare = Annotated[Float, Gt(0), Lt(1)]
-"""Share that is neither none nor all."""
+ProperShare = Annotated[Float, Gt(0), Lt(1)]  # share that is neither none nor all
 SharePair = Annotated[tuple[Share, ...], Len(2, 2)]
 
 CHECKS = ConfigDict(allow_inf_nan=False, extra="forbid")
 
-encode = to_jsonable_python
-"""Settings and dataclasses as dicts, tuples as lists: what YAML and JSON can hold."""
+encode = to_jsonable_python  # settings and dataclasses as dicts, tuples as lists: what YAML and JSON can hold
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -162,12 +155,12 @@ def _is_plain(hint: Any) -> bool:
     return all(map(_is_plain, get_args(hint))) if get_args(hint) else not isinstance(hint, type) or hint in _PLAIN
 
 
+# Ours for words of pydantic's messages.
 _WORDS = {
     "Input should": "it must", "Tuple should": "it must", "Value should": "it must", " after validation": "",
     "tuple": "list such as [1, 2]", "a valid boolean": "true or false", "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }  # fmt: skip
-"""Ours for words of pydantic's messages."""
 
 _NAMES, _SHOWN = re.compile(r"'([^']*)'"), reprlib.Repr()
 _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlevel, _SHOWN.maxdict = 80, 80, 2, 3

@@ -16,26 +16,23 @@ if TYPE_CHECKING:
 
 Kind = Literal["number", "category", "boolean", "date"]
 
+# The mark between thousands; the decimal mark is the other one, and either where there is none.
 Thousands = Literal["", ",", "."]
-"""The mark between thousands; the decimal mark is the other one, and either where there is none."""
-
+# Cells that are missing, in any case.
 EMPTY = frozenset(("", "na", "n/a", "nan", "null", "none", "nat", "<na>", "?", "-"))
-"""Cells that are missing, in any case."""
-
+# Spellings of booleans, in any case.
 FALSE, TRUE = frozenset(("false", "f", "no", "n", "off")), frozenset(("true", "t", "yes", "y", "on"))
-"""Spellings of booleans, in any case."""
 
+# How the text of a date begins.
 DATE = re.compile(
     r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2})([ T]|$)|\d{4}-\d{1,2}$"
     r"|[A-Za-z]{3,9}\.? (\d{1,2},? )?\d{4}|\d{1,2} [A-Za-z]{3,9}\.? \d{4}"
 )
-"""How the text of a date begins."""
 
+# Day and month, or month and day, at the beginning of a date.
 DAY_AND_MONTH = re.compile(r"^(\d{1,2})([-/.])(\d{1,2})(?=[-/.])")
-"""Day and month, or month and day, at the beginning of a date."""
-
+# Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories.
 MOSTLY = 0.9
-"""Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories."""
 
 
 def kind_of(cells: Series) -> Kind | Literal[""]:

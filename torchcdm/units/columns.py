@@ -19,14 +19,10 @@ from torchcdm.units.warp import LEAST_GAIN, bend, bend_log_slope, fit_warp, floo
 
 WARP = ("least", "location", "scale", "skew", "tail", "bent")
 
-OUTSIDE = 1e-4
-"""Probability that a histogram leaves on either side of the known values: z = 3.7 at their ends."""
-
+OUTSIDE = 1e-4  # probability that a histogram leaves on either side of the known values: z = 3.7 at their ends
+# Cells of the histogram of the other numbers of a mixed column, at most, and training rows in each, at least.
 KNOTS, KNOT_ROWS = 50, 20
-"""Cells of the histogram of the other numbers of a mixed column, at most, and training rows in each, at least."""
-
-STEP_ROWS = 2000
-"""Rows that the steps of a column are fitted to: the time grows with their square."""
+STEP_ROWS = 2000  # rows that the steps of a column are fitted to: the time grows with their square
 
 
 @final

@@ -13,8 +13,7 @@ from torchcdm.units.cells import kind_of, values_of
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-SHOWN = 5
-"""Names, or problems, that a message holds."""
+SHOWN = 5  # names, or problems, that a message holds
 
 
 def note_down(frame: DataFrame, **facts: Any) -> None:

@@ -13,14 +13,10 @@ from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
 from torchcdm.units.log_likelihood import log_normal
 
-MOST_NUMBERS = 2**28
-"""Numbers of the histograms of all dimensions: 2 GiB of float64."""
-
+MOST_NUMBERS = 2**28  # numbers of the histograms of all dimensions: 2 GiB of float64
+# Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible.
 PSEUDO_COUNT = 10.0
-"""Samples' worth of the histogram of all dimensions together, added to that of each: no grey level is impossible."""
-
-TAIL = 1e-12
-"""Probabilities are kept so far from 0 and 1: 7 standard deviations."""
+TAIL = 1e-12  # probabilities are kept so far from 0 and 1: 7 standard deviations
 
 
 @final

@@ -12,24 +12,18 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 
-Discrete = Literal["dequantize", "error"]
-"""What to do with a column of few distinct values."""
+Discrete = Literal["dequantize", "error"]  # what to do with a column of few distinct values
 
 NONE: Mapping[Any, Any] = MappingProxyType({})
 
-FEW_VALUES = 20
-"""A column of at most so many values is discrete, where each comes twice on average."""
-
+FEW_VALUES = 20  # a column of at most so many values is discrete, where each comes twice on average
+# A column of more values is, where each comes REPEATS times on average and they are at least SMALLEST_STEP deviations
+# apart: a finer lattice is blurred by the first noise level anyway.
 REPEATS = 5
 SMALLEST_STEP = 0.01
-"""A column of more values is, where each comes REPEATS times on average and they are at least SMALLEST_STEP deviations
-apart: a finer lattice is blurred by the first noise level anyway."""
-
-NEAREST = 1e-6
-"""Deviations between two values of a discrete column, at least."""
-
+NEAREST = 1e-6  # deviations between two values of a discrete column, at least
+# Share of the rows in which one value of a continuous column comes back, above which it has a probability.
 LARGE_SHARE = 0.1
-"""Share of the rows in which one value of a continuous column comes back, above which it has a probability."""
 
 
 class Cells(NamedTuple):

@@ -31,16 +31,11 @@ from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
+# A level has LEAST_COUNT rows at least; what is rarer, or beyond the most frequent MOST_LEVELS, is OTHER.
 OTHER, MOST_LEVELS, LEAST_COUNT = "other", 100, 3
-"""A level has LEAST_COUNT rows at least; what is rarer, or beyond the most frequent MOST_LEVELS, is OTHER."""
-
-MOST_DECIMALS = 6
-
-FLOAT32_STEPS = 1000
-"""Least number of float32 steps in a standard deviation; with fewer a column needs an offset."""
-
-LARGEST = 1e150
-"""Deviation of a column, at most, and one over it, at least: beyond, squares leave float64."""
+MOST_DECIMALS = 6  # of numbers that are rounded to those of training
+FLOAT32_STEPS = 1000  # least number of float32 steps in a standard deviation; with fewer a column needs an offset
+LARGEST = 1e150  # deviation of a column, at most, and one over it, at least: beyond, squares leave float64
 
 
 @validated

@@ -16,19 +16,12 @@ from torch import Tensor
 
 from torchcdm.random import evenly_spaced
 
-ROWS = 2000
-"""Rows that the curves are fitted to."""
-
-ITERATIONS = 100
-
-BELOW = 1e-3
-"""Share of the least training value: below it the logarithm goes on as a line, so that zero has one too."""
-
-TINY = 1e-9
-"""Least deviation of a source, in deviations of the column."""
-
+ROWS = 2000  # rows that the curves are fitted to
+ITERATIONS = 100  # of Adam, which fits them
+BELOW = 1e-3  # share of the least training value: below it the logarithm goes on as a line, so that zero has one too
+TINY = 1e-9  # least deviation of a source, in deviations of the column
+# Nats a row that bending a column must add to the likelihood of a normal for each source; else it keeps its shape.
 LEAST_GAIN = 0.02
-"""Nats a row that bending a column must add to the likelihood of a normal for each source; else it keeps its shape."""
 
 
 def fit_warp(x: Tensor, sources: Tensor | None = None, straight: Collection[int] = ()) -> dict[str, Tensor]:
