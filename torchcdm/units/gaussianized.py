@@ -122,5 +122,7 @@ class GaussianizedTransform(DataTransform):
 
     def _cell(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """F where the cells at ``index`` begin, and the probability of each, (B, *shape)."""
-        low, high = (self.cumulative[None].take_along_dim(k[..., None], -1)[..., 0] for k in (index, index + 1))
-        return low, high - low
+        edges, cell = self.cumulative.flatten(0, -2), index.flatten(1)
+        dimension = torch.arange(len(edges), device=edges.device)
+        low, high = edges[dimension, cell], edges[dimension, cell + 1]
+        return low.reshape(index.shape), (high - low).reshape(index.shape)
