@@ -16,6 +16,7 @@ from torchcdm.bridges.hub import model_card, push
 from torchcdm.errors import UserError
 from torchcdm.likelihood import LogZ
 from torchcdm.likelihood.log_z import weights_of, write_log_z
+from torchcdm.training.settings import BACKBONES
 from torchcdm.zoo import located
 
 pytest.importorskip("huggingface_hub")
@@ -91,6 +92,10 @@ def test_paths_of_the_machine_are_not_uploaded(tmp_path, monkeypatch):
         push(model, "me/people")
         assert json.loads(sent["config.json"])["data"]["spec"] == told
         assert not any(str(tmp_path).encode() in content for content in sent.values())
+    network = BACKBONES["custom"](code=f"{tmp_path}/mine.py:make")
+    model.info = replace(model.info, model=replace(model.info.model, backbone=network))
+    push(model, "me/people")
+    assert json.loads(sent["config.json"])["model"]["backbone"]["code"] == "mine.py:make"
 
 
 def test_log_z_goes_with_its_weights_and_comes_back(tmp_path):

@@ -52,6 +52,10 @@ def test_a_training_that_goes_wrong_keeps_its_start_and_says_so(tmp_path, capsys
     value, _ = single_pass(model, x, None, Scoring(level=0)).mean_and_error()
     assert value == pytest.approx(result.outcome["values"]["start"], abs=0.02)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["outcome"]["kept"] == "start"
+    # Stopped after the start took the place of the weights, it says the same when it goes on.
+    kept = (tmp_path / "run" / "config.json").read_bytes()
+    again = train(config, tmp_path / "run", resume=True, device="cpu", progress=False)
+    assert again.outcome == result.outcome and (tmp_path / "run" / "config.json").read_bytes() == kept
 
 
 def test_a_start_that_was_kept_is_not_taken_for_the_best_weights_later(tmp_path, monkeypatch):

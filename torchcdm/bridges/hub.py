@@ -32,8 +32,8 @@ LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods sin
 def push(model: str | Path | Denoiser, repository: str, private: bool = False) -> str:
     """Uploads weights, settings, a card, and log Z where ``cdm nll`` has kept it; see ``hf auth login``.
 
-    Paths of the data that the model was trained on are cut to their last part. Gives the address. UserError for a
-    wrong name, a model that cannot be saved, or a Hub that refuses it.
+    Paths of the data that the model was trained on, and of the code of a network, are cut to their last part. Gives
+    the address. UserError for a wrong name, a model that cannot be saved, or a Hub that refuses it.
 
     Args:
         model: A model, or what :func:`torchcdm.load` takes.
@@ -55,6 +55,9 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False) -
     kind, colon, place = (info.data.spec or "").partition(":")
     if kind and (kind != "hf" or Path(place).is_absolute()):  # others of hf are names on the Hub
         info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{Path(place).name}"))
+    if code := getattr(info.model.backbone, "code", None):
+        network = replace(info.model.backbone, code=Path(code).name)
+        info = replace(info, model=replace(info.model, backbone=network))
     weights = sum(part.numel() for part in model.parameters())
     text = card or model_card(repository, info, weights, report=report, use=f"hub:{repository}")
     with tempfile.TemporaryDirectory() as temporary:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.networks import blocks as parts
-from torchcdm.networks.blocks import ImageNetwork, ImageSize, LabelEmbedding
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
@@ -44,7 +43,7 @@ class Summary(nn.Module):
 
 
 @final
-class Encoder(ImageNetwork, HeadedBackbone):
+class Encoder(parts.ImageNetwork, HeadedBackbone):
     """Residual blocks at falling resolutions, each summarised for the head; about half the cost of a U-Net.
 
     Other arguments as in :class:`ImageNetwork` and :class:`HeadedBackbone`.
@@ -62,7 +61,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
 
     @checked
     def __init__(
-        self, in_channels: Width, image_size: ImageSize, levels: int, width: Width = 32,
+        self, in_channels: Width, image_size: parts.ImageSize, levels: int, width: Width = 32,
         multipliers: Widths = (1, 2, 2), blocks: Width = 2, dropout: Rate = 0.0, attention: Sides = (),
         energy_maps: Width = 32, classes: Count | None = None, joint: bool = False, positions: bool = False,
         hidden: Width | None = None,
@@ -71,7 +70,7 @@ class Encoder(ImageNetwork, HeadedBackbone):
         sizes = parts.halved_sizes(image_size, len(multipliers))
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
-        self.label = None if embedding is None else LabelEmbedding(classes, embedding)
+        self.label = None if embedding is None else parts.LabelEmbedding(classes, embedding)
         options = {"dropout": dropout, "embedding": embedding}
 
         channels = width * multipliers[0]

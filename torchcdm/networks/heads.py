@@ -27,10 +27,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def from_the_noise(increments: Tensor) -> Tensor:
-    """Levels (..., T+2) from increments (..., T+1): h_t is the sum of the increments t ... T, so h_{T+1} = 0.
-
-    What is learned at high noise then reaches the data, level 0.
-    """
+    """Levels (..., T+2) from increments (..., T+1): h_t is the sum of the increments t ... T, so h_{T+1} = 0. What is
+    learned at high noise then reaches the data, level 0."""
     return nn.functional.pad(increments.flip(-1).cumsum(-1).flip(-1), (0, 1))
 
 

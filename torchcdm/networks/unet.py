@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.networks import blocks as parts
-from torchcdm.networks.blocks import ImageNetwork, ImageSize, LabelEmbedding, two_layers
 from torchcdm.networks.heads import CumulativeHead, HeadedBackbone, at_least_float32, from_zero, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
 
 
 @final
-class UNet(ImageNetwork):
+class UNet(parts.ImageNetwork):
     """What classifier and denoiser share: images, and a vector of width ``embedding``, to features of each pixel."""
 
     def __init__(
-        self, in_channels: int, image_size: ImageSize, channels: int, multipliers: Sequence[int], blocks: int,
+        self, in_channels: int, image_size: parts.ImageSize, channels: int, multipliers: Sequence[int], blocks: int,
         attention: Sequence[int], dropout: float, embedding: int | None, groups: int,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -77,7 +76,7 @@ class UNet(ImageNetwork):
 
 
 @final
-class CDMUNet(ImageNetwork, HeadedBackbone):
+class CDMUNet(parts.ImageNetwork, HeadedBackbone):
     """The paper's network: the U-Net without time, pooled over space, one logit a level.
 
     With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model. An embedded
@@ -91,7 +90,7 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
 
     @checked
     def __init__(
-        self, in_channels: Width, image_size: ImageSize, levels: int, channels: Width = 128,
+        self, in_channels: Width, image_size: parts.ImageSize, levels: int, channels: Width = 128,
         multipliers: Widths = (1, 2, 2, 2), blocks: Width = 2, attention: Sides = (16,), dropout: Rate = 0.1,
         classes: Count | None = None, joint: bool = False, head_channels: Width | None = None,
         direction: Literal["data", "noise"] = "noise", groups: Width = 32,
@@ -101,8 +100,8 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
             raise UserError("network: a joint head accumulates from the noise end; leave direction out, or joint")
         self.classes, self.joint = classes, joint
         width = 4 * channels if classes is not None and not joint else None
-        self.label = None if width is None else LabelEmbedding(classes, channels)
-        self.embed = None if width is None else two_layers(channels, width)
+        self.label = None if width is None else parts.LabelEmbedding(classes, channels)
+        self.embed = None if width is None else parts.two_layers(channels, width)
         self.unet = UNet(in_channels, image_size, channels, multipliers, blocks, attention, dropout, width, groups)
         pooled = head_channels or 2 * self.unet.features
         self.conv_out = nn.Conv2d(self.unet.features, pooled, 3, padding=1)
@@ -115,21 +114,21 @@ class CDMUNet(ImageNetwork, HeadedBackbone):
 
 
 @final
-class DDMUNet(ImageNetwork):
+class DDMUNet(parts.ImageNetwork):
     """The DDPM baseline: the same U-Net, told the level, estimates the noise itself; arguments as of the CDM's. The
     embedded label is added to the embedded level."""
 
     @checked
     def __init__(
-        self, in_channels: Width, image_size: ImageSize, channels: Width = 128, multipliers: Widths = (1, 2, 2, 2),
-        blocks: Width = 2, attention: Sides = (16,), dropout: Rate = 0.1, classes: Count | None = None,
-        groups: Width = 32,
+        self, in_channels: Width, image_size: parts.ImageSize, channels: Width = 128,
+        multipliers: Widths = (1, 2, 2, 2), blocks: Width = 2, attention: Sides = (16,), dropout: Rate = 0.1,
+        classes: Count | None = None, groups: Width = 32,
     ) -> None:  # fmt: skip
         super().__init__()
         self.channels, self.classes = channels, classes
         width = 4 * channels
-        self.embed = two_layers(channels, width)
-        self.label = None if classes is None else LabelEmbedding(classes, width)
+        self.embed = parts.two_layers(channels, width)
+        self.label = None if classes is None else parts.LabelEmbedding(classes, width)
         self.unet = UNet(in_channels, image_size, channels, multipliers, blocks, attention, dropout, width, groups)
         self.conv_out = from_zero(nn.Conv2d(self.unet.features, in_channels, 3, padding=1))
 

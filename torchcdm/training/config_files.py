@@ -59,15 +59,15 @@ def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Flags ``section.field`` with a text as nested fields: the text itself where it fits, else its value in YAML."""
     fields: dict[str, Any] = {}
     for path, text in flags:
-        field = _nested(path, text)
+        value: Any = text
         try:
-            make_config(field)
+            make_config(_nested(path, text))
         except UserError:
             try:
-                field = _nested(path, yaml.load(text, _Loader))
+                value = yaml.load(text, _Loader)
             except (ValueError, RecursionError, yaml.YAMLError):
                 raise UserError(f"--{path}: '{text}' is not a YAML value") from None
-        fields = merge(fields, field)
+        fields = merge(fields, _nested(path, value))
     return fields
 
 

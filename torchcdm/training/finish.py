@@ -29,6 +29,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.networks.heads import from_zero
 from torchcdm.runtime.processes import labels_of, map_rows
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.evaluation import at_all_levels, labels_for
@@ -117,8 +118,7 @@ def compare(
     elif not config.model.class_gaussians:
         free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
         base = fit_gaussian(choose_base(free, source, config.data.flip), source, config.data.flip)
-        nothing = nn.Sequential(nn.Flatten(), nn.Linear(source.transform.dim, model.schedule.T + 2))
-        nothing[1].weight.zero_(), nothing[1].bias.zero_()
+        nothing = nn.Sequential(nn.Flatten(), from_zero(nn.Linear(source.transform.dim, model.schedule.T + 2)))
         gaussian = ClassificationDiffusion(nothing.requires_grad_(False), base.schedule, model.transform, base)
         values["gaussian"] = scored(gaussian.to(model.schedule.alpha.device))
     means = {name: float(value.mean()) for name, value in values.items()}

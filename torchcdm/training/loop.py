@@ -22,6 +22,7 @@ from torchcdm.errors import UserError, reason, warn
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
+from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import without_nan, write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first, memory_kept
 from torchcdm.runtime.validation import encode
@@ -147,6 +148,7 @@ class Trainer:
         self.fingerprint = fingerprint(self.source)
         self.step, self.skipped, self.bad_in_a_row, self.seconds = 0, 0, 0, 0.0
         self.window = Window(self.model.schedule.T)
+        self.ended: dict[str, Any] | None = None
 
     def run_to_end(self, state: checkpoint.TrainingState | None) -> TrainResult:
         """The steps that are left after those of a saved state, or all, then the end."""
@@ -164,8 +166,7 @@ class Trainer:
             outcome = self._finish()
             if self.config.sampling.n:
                 samples = save_samples(self.ema.model, self.run, self.config, self.source, "final", self.progress)
-            content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
-            write_json(self.run.report, content)
+            self._report(outcome)
         self.processes.accelerator.wait_for_everyone()
         self.processes.end()
         selected = self.selection.selected(self.step)
@@ -184,7 +185,7 @@ class Trainer:
                 self.say(f"no step is left to take: {spent}; give more by --budget or --train.max_seconds")
             return
         self.model.train()  # what is compiled, too: a model that was loaded is in eval mode
-        loss = self._wrapped()
+        self.ended, loss = None, self._wrapped()
         began = self.clock() - self.seconds
         form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
@@ -299,9 +300,11 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any] | None:
         """Calibrates the best model, compares it with its start and keeps the better one of these; gives what
-        :func:`torchcdm.training.finish.compare` says, of a cdm with validation data."""
+        :func:`torchcdm.training.finish.compare` says, of a cdm with validation data, or said where it ended before."""
         model, config, source = self.ema.model, self.config, self.source
         checkpoint.load_weights(model, self.run.root)
+        if self.ended is not None:
+            return self.ended
         if config.model.kind != "cdm" or len(source.validation) < 2:
             return None
         if config.train.calibration:
@@ -314,6 +317,7 @@ class Trainer:
             self.say(f"constants of the levels: cross-entropy of held-out halves {before:.4f} -> {after:.4f}, {said}")
         outcome = compare(model, config, source, self.start)
         if outcome["kept"] == "start":
+            self._report(outcome)  # before the weights are gone that it is about
             model.load_state_dict(self.start)
             self.selection.best = Best("nll", outcome["unit"], outcome["values"]["start"], 0)
             self.save_model()
@@ -322,6 +326,10 @@ class Trainer:
         for problem in outcome["problems"]:
             self.say(f"{problem['name']}: {problem['says']}; {problem['mend']}")
         return outcome
+
+    def _report(self, outcome: dict[str, Any] | None) -> None:
+        content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
+        write_json(self.run.report, content)
 
     def _share(self) -> float:
         return share_done(self.options, self.step, self.seconds)
@@ -362,7 +370,9 @@ class Trainer:
         if self.main and (best is None or best.step == self.step) and _finite(self.ema.model):
             self.save_model()
         elif self.main and best is not None and checkpoint.read_info(self.run.root).selected["step"] != best.step:
-            self.selection.best = None  # the training ended with its start in the place of these weights
+            # The training ended with its start in the place of these weights, which cannot be compared any more.
+            self.selection.best = None
+            self.ended = read_json(self.run.report).get("outcome") if self.run.report.exists() else None
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:

@@ -25,12 +25,9 @@ def about(name: str) -> dict[str, str]:
 
 
 def located(model: str | Path) -> Path:
-    """The folder of a model; UserError for a name that the zoo does not have, or what cannot be downloaded.
-
-    Args:
-        model: A folder, which is returned as it is given; ``zoo:NAME``, in this package; ``hub:OWNER/NAME`` or
-            ``hub:OWNER/NAME@REVISION`` on the Hugging Face Hub, whose files are downloaded unless they are at hand.
-    """
+    """The folder that is given; that of ``zoo:NAME`` in this package; of ``hub:OWNER/NAME[@REVISION]`` on the Hugging
+    Face Hub, whose files are downloaded unless they are at hand. UserError for a name that the zoo does not have, or
+    what cannot be downloaded."""
     kind, colon, name = str(model).partition(":")
     if colon and kind == "zoo":
         if name not in names():
