@@ -83,6 +83,15 @@ def test_booleans_come_back_as_they_were_spelled(cells, back):
     assert table.columns[0].encode(pd.Series(["maybe"]))[2].all()
 
 
+def test_a_row_of_a_frame_with_booleans_is_a_row():
+    """As a series it holds them as numpy's, among objects."""
+    frame = pd.DataFrame({"open": np.arange(40) % 3 == 0, "power": np.arange(40.0)})
+    table, _ = TableEncoding.fit(frame)
+    row = frame.iloc[3].to_frame().T
+    assert isinstance(row["open"].iloc[0], np.bool_) and row["open"].dtype == object
+    assert torch.equal(table.encode(row).x, table.encode(frame).x[3:4])
+
+
 def test_thousands_are_no_decimals():
     frame = pd.DataFrame({"a": [f"{x:,.1f}" for x in np.random.RandomState(0).normal(5000, 900, 60)]})
     found = TableEncoding.fit(frame)[0].encode(frame).x[:, 0]

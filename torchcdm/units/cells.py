@@ -147,5 +147,5 @@ def unreadable(cells: Series) -> np.ndarray:
     """Cells that hold no single value, such as lists, complex numbers and spans of time: bool (N,)."""
     if cells.dtype != object:
         return np.full(len(cells), cells.dtype.kind in "cm")
-    plain = (str, Real, Decimal, date, np.datetime64)
+    plain = (str, Real, np.bool_, Decimal, date, np.datetime64)
     return np.array([not isinstance(cell, plain) for cell in cells], bool) & cells.notna().to_numpy()
