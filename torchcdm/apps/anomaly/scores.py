@@ -36,6 +36,7 @@ COARSE_NOISE = 0.5  # in model units, leaves the coarse picture: data have a sca
 COUNTS = (1, 2, 4, 8, 16)  # numbers of Gaussians that are tried
 HELD_OUT = 4  # one profile in so many chooses among them
 FOLDS = 5  # parts by which distances of normal data are taken
+AT_ONCE = 10_000  # profiles whose mixture density is computed at a time: as many numbers again for each Gaussian
 
 MOST_INCREMENTS = 512  # of finer schedules they are over two or more levels each
 MOST_POSTERIORS = 128  # of many classes they are those of few levels
@@ -168,7 +169,8 @@ def _white(profile: Tensor, fitted: Fitted) -> Tensor:
 def _log_density(white: Tensor, fitted: Fitted) -> Tensor:
     # Not validated: where numbers overflowed, the density is nan.
     gaussians = MultivariateNormal(fitted["means"], fitted["covariances"], validate_args=False)
-    return (gaussians.log_prob(white[:, None]) + fitted["weights"].log()).logsumexp(1)
+    parts = [gaussians.log_prob(some[:, None]) for some in white.split(AT_ONCE)]
+    return (torch.cat(parts) + fitted["weights"].log()).logsumexp(1)
 
 
 def _increments(profile: Tensor) -> Tensor:
