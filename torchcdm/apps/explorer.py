@@ -280,10 +280,8 @@ def _sampling_options(explorer: Explorer) -> list[Any]:
 
 
 def serve(blocks: gradio.Blocks, port: int = 0) -> str:
-    """Serves the page on this machine alone, without any other connection, until ``blocks.close()``; its address.
-
-    ``port`` is of 127.0.0.1; 0 for the first free one from 7860 on. UserError where it is taken.
-    """
+    """Serves the page on this machine alone, without any other connection, until ``blocks.close()``; its address. The
+    ``port`` is of 127.0.0.1, the first free one from 7860 on when 0; UserError where it is taken."""
     theme = _gradio().themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     options = {"server_name": "127.0.0.1", "ssr_mode": False, "quiet": True, "prevent_thread_lock": True}
     try:

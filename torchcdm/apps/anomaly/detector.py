@@ -36,9 +36,8 @@ class AnomalyDetector:
         background: A model of broader data of the same shape; for ``ratio`` alone.
 
     Attributes:
-        fitted: What the score learned; None before.
-        calibration: Scores of normal data that neither score nor model has learned from, sorted, float64 (n,); None
-            before :meth:`fit`.
+        fitted: What the score learned; None before, as is the calibration.
+        calibration: Sorted scores of normal data that neither score nor model has learned from, float64 (n,).
 
     Example:
         >>> detector = AnomalyDetector("levels", model).fit(normal)

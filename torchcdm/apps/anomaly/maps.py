@@ -33,7 +33,8 @@ USUAL = 0.95  # share of normal inputs whose map stays below the limit everywher
 class AnomalyMap:
     """For each place of an input, by how many deviations of normal data the denoiser errs there beyond their mean.
 
-    Defaults were chosen on validation images with spoiled patches (``studies.benchmarks.anomaly_maps``).
+    The largest value of a map stays below its ``limit`` for 19 of 20 normal inputs. Defaults were chosen on validation
+    images with spoiled patches (``studies.benchmarks.anomaly_maps``).
 
     Args:
         model: The model of the normal data; put into evaluation mode while it is used.
@@ -41,8 +42,6 @@ class AnomalyMap:
         areas: Deviations of the Gaussians that average an image's errors before they are squared, over its shorter
             side; 0 for those of single pixels. The largest of these maps counts at each place.
         blur: Deviation of the Gaussian that smooths a map, over the shorter side of the image.
-
-    The largest value of a map stays below its ``limit`` for 19 of 20 normal inputs.
 
     Example:
         >>> maps = AnomalyMap(model).fit(normal)

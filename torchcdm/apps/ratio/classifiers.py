@@ -1,8 +1,7 @@
 """Classifiers of the source: what their log ratio has that neither Gaussians nor noise levels show.
 
 The logits of a classifier are the log ratio where both sources are as frequent: identity 1 without noise. They say
-little where the sources hardly overlap, so that held-out samples decide how far they are followed, see
-:func:`torchcdm.apps.ratio.blending.blend`.
+little where the sources hardly overlap, so that held-out samples decide how far they are followed (``blending.py``).
 """
 
 from __future__ import annotations

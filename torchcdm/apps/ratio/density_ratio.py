@@ -250,9 +250,8 @@ class DensityRatio:
             return np.exp(self.log_ratio(x))
 
     def importance_weights(self, x: Any, clip: float | None = None, balance: Any = None) -> np.ndarray:
-        """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,).
-
-        Warns where a few samples have nearly all the weight.
+        """Weights with mean 1 that make samples of the denominator stand for the numerator, float64 (N,). Warns where
+        a few samples have nearly all of it.
 
         Args:
             x: Samples of the denominator.
