@@ -77,8 +77,9 @@ def test_weights_that_are_not_finite_leave_no_state_and_no_model(tmp_path, monke
 
 def test_a_run_whose_validations_are_never_finite_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torchcdm.training.evaluation.validate", lambda *_: {"nll": float("nan")})
-    with pytest.raises(NotFinite, match="no validation had a finite nll; lower --train.lr"):
-        run_training(tmp_path / "run")
+    for resume in (False, True):
+        with pytest.raises(NotFinite, match="no validation had a finite nll; lower --train.lr"):
+            run_training(tmp_path / "run", resume)
 
 
 def test_skipped_steps_are_left_out_of_the_log(tmp_path, monkeypatch):

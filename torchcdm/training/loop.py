@@ -367,7 +367,10 @@ class Trainer:
         sums = {key: math.nan if value is None else value for key, value in progress.window.items()}
         self.window.sums = sums if self.main else dict.fromkeys(sums, 0.0)
         best = self.selection.best
-        if self.main and (best is None or best.step == self.step) and _finite(self.ema.model):
+        self.loss.advance(share_done(self.options, self.step - 1, self.seconds))  # as in the step that was saved
+        unjudged = self.selection.data is None or not self.loss.settled  # weights are kept for want of better
+        keep = unjudged if best is None else best.step == self.step
+        if self.main and keep and _finite(self.ema.model):
             self.save_model()
         elif self.main and best is not None and checkpoint.read_info(self.run.root).selected["step"] != best.step:
             # The training ended with its start in the place of these weights, which cannot be compared any more.
