@@ -97,6 +97,18 @@ def test_draws_keep_to_the_bounds_of_a_prior_and_the_density_ends_there():
     assert density[(grid[:, 0] > 2.8) & (grid[:, 0] < 3)].sum() > 0.05 * density.sum()
 
 
+def test_a_prior_that_is_infinite_at_its_bound_leaves_the_density_there():
+    draw = np.random.RandomState(0)
+    theta = draw.uniform(size=(80, 1))
+    x = theta + draw.normal(size=(80, 1))
+    model = CDMConditional(**TINY).fit(theta, x)
+    half = torch.full((1,), 0.5, dtype=torch.float64)
+    prior = torch.distributions.Independent(torch.distributions.Beta(half, half), 1)
+    at = [[0.0], [0.5]]
+    assert prior.log_prob(torch.tensor(at).double())[0] == torch.inf
+    assert np.array_equal(model.log_prob(at, x[:2], prior=prior), model.log_prob(at, x[:2]))
+
+
 def test_columns_of_x_with_heavy_tails_or_few_values_stay_moderate():
     draw = np.random.RandomState(0)
     theta, x = linear_gaussian(500)

@@ -266,7 +266,8 @@ class CDMConditional(DensityEstimator):
                     log_p = log_p.index_put((known,), one_each(found, theta[known], "log_prob").double())
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"prior: {reason(error)}") from None
-        return torch.where(log_p > -torch.inf, power * (log_p - log_det), -torch.inf)
+        weighted = (power * (log_p - log_det)).nan_to_num(0.0, torch.inf, -torch.inf)  # 0 times inf is nothing, too
+        return torch.where(log_p > -torch.inf, weighted, -torch.inf)
 
     @torch.no_grad()
     def _learned_normalizer(self, context: np.ndarray, seed: int) -> np.ndarray:
