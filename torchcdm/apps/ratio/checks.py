@@ -90,10 +90,8 @@ def both_sides(numerator: Any, denominator: Any) -> tuple[np.ndarray, np.ndarray
 
 
 class Bin(NamedTuple):
-    """One line of the reliability table: predicted and observed share of the numerator from ``low`` to ``high``.
-
-    Numerator and denominator count as equally frequent; ``mass`` is the share of the ``count`` samples among all.
-    """
+    """One line of the reliability table: predicted and observed share of the numerator from ``low`` to ``high``, where
+    both sources are as frequent; ``mass`` is the share of the ``count`` samples among all."""
 
     low: float
     high: float

@@ -338,10 +338,8 @@ class DensityRatio:
         return through(self._steps, x)[0].float() if self._steps else x
 
     def _log_probs(self, x: Tensor) -> np.ndarray:
-        """log density of Gaussians and network at level 0, float64 (N, 2, 2), denominator first; model units.
-
-        A network without weight in the blend is not asked: the Gaussians stand in its place.
-        """
+        """log density of Gaussians and network at level 0, float64 (N, 2, 2), denominator first; model units. The
+        Gaussians stand in the place of a network without weight in the blend, which is not asked."""
         model, device = self._model, self._model.schedule.alpha.device
         asked = not self.blend or self.blend.get("network")
         z = self._model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
