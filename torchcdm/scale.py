@@ -1,8 +1,7 @@
 """Anomaly scores of data sets that no memory holds: a callable for Ray Data's ``map_batches``, and many workers.
 
 A worker has the model, the fitted score and its threshold, and nothing else. Files are read where they are scored, by
-the reader of ``cdm score``: the numbers are those of one process. Ray starts a worker that died anew, and does again
-what it had not finished.
+the reader of ``cdm score``: the numbers are those of one process. Ray does again what a worker that died left undone.
 """
 
 from __future__ import annotations

@@ -85,6 +85,8 @@ def test_grid_holds_every_image_in_reading_order(tmp_path):
         assert np.array_equal(sheet[:, top : top + 40, left : left + 33], image)
     side_by_side = np.asarray(Image.open(save_grid(bytes_like(1, 5, 40, 33), tmp_path / "five.png")))
     assert side_by_side.shape == (40, 165)
+    with pytest.raises(UserError, match="no images"):
+        save_grid(bytes_like(0, 1, 4, 4), tmp_path / "none.png")
     x = bytes_like(1, 3, 6, 5)
     enlarged = np.asarray(Image.open(save_grid(x, tmp_path / "large.png", COLOUR)))
     assert np.array_equal(enlarged[5::10, 5::10], np.moveaxis(x[0].numpy(), 0, 2))

@@ -132,6 +132,7 @@ def test_bad_cells_name_column_and_line(tmp_path, cell, message):
     [
         ("t.csv", "", "the file is empty"),
         ("t.csv", "a,b\n", "no columns of values, or no rows"),
+        ("t.csv", "# a comment\na,b\n1,2\n", "line 2 has 2 cells, the first line has 1"),
         ("t.csv", "a,a\n1,2\n", "two columns are called 'a'"),
         ("t.csv", "a\n" + "1\n" * 20, "every column is constant"),
         ("t.csv", "a\n1\n2\n3\n", "too few samples, 3"),

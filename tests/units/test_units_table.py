@@ -250,3 +250,22 @@ def test_attributes_and_time_zones_of_a_frame_are_the_users():
     back = table.decode(table.encode(frame).x)
     assert back["when"].dt.tz is not None and (back["when"].dt.hour == frame["when"].dt.hour).all()
     assert read_as(TableEncoding, json.loads(json.dumps(encode(table)))) == table
+
+
+@pytest.mark.parametrize("days", [
+    ["9999-12-31" if k % 3 else f"2020-01-{k % 28 + 1:02d}" for k in range(60)],
+    [f"1500-01-{k % 28 + 1:02d} {k % 24:02d}:30" for k in range(60)],
+])  # fmt: skip
+def test_dates_before_1677_and_after_2262_are_dates_too(days):
+    pd = pytest.importorskip("pandas", minversion="3")
+    frame = pd.DataFrame({"day": days, "x": np.random.RandomState(0).normal(size=60)})
+    table, _ = TableEncoding.fit(frame)
+    found = table.decode(table.encode(frame).x)["day"]
+    assert (found.astype(str).str[:16] == pd.to_datetime(frame["day"]).astype(str).str[:16]).all()
+
+
+def test_a_column_of_booleans_that_are_all_missing_is_left_out():
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame({"x": np.random.RandomState(0).normal(size=20), "seen": pd.array([None] * 20, "boolean")})
+    table, notes = TableEncoding.fit(frame)
+    assert table.names == ("x",) and notes == ["column 'seen' is empty: left out."]

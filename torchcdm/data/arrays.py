@@ -86,8 +86,7 @@ def interpret(
     On a grid they are uint8 or float32; else images are float32, and vectors float64 until their columns are measured.
     ``x`` is (N,), (N, d), (N, H, W), (N, H, W, C) or (N, C, H, W), integers, booleans or floats. Channels are known to
     come ``first``, as in torch tensors, or it is read off the sizes. Whole numbers on the grid of the transform
-    ``like``, that of a model that takes the samples, have that grid. UserError for other numbers of axes, values that
-    are not finite numbers, or no samples.
+    ``like``, that of a model, have that grid. UserError for other axes, values that are not finite, or no samples.
     """
     check_numbers(x, name)
     if x.ndim not in (1, 2, 3, 4):

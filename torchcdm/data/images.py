@@ -93,8 +93,7 @@ def from_pillow(image: Image.Image) -> tuple[Tensor, int | None]:
 def read_image(
     path: Path, size: Size | None = None, channels: int | None = None, box: Sequence[int | None] = (None,) * 4
 ) -> Tensor:
-    """An image file in the size and with the channels asked for, see :func:`conform`. ``box`` is cut out first: left,
-    upper, right and lower edge in pixels."""
+    """An image file as :func:`conform` has it. ``box`` is cut out first: left, upper, right and lower edge, pixels."""
     (pixels, high), (left, upper, right, lower) = decode(path), box
     return conform(pixels[:, upper:lower, left:right], high, size, channels)
 

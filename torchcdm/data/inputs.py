@@ -69,7 +69,8 @@ def read_inputs(
     notes += left_out([path for (path, _), inputs in zip(files, read, strict=True) if inputs is None])
     notes += dict.fromkeys(note for inputs in found for note in inputs.notes)
     x = torch.cat([torch.empty(0, *transform.shape), *(inputs.x for inputs in found)])
-    names, deviating = (sum((getattr(inputs, key) for inputs in found), []) for key in ("names", "deviating"))
+    names = [name for inputs in found for name in inputs.names]
+    deviating = [columns for inputs in found for columns in inputs.deviating]
     check_range(x, names, transform, noisy)
     return Inputs(x, names, deviating, tuple(notes))
 
@@ -106,15 +107,14 @@ def read_pictures(
     for path, part in ((Path(name), part) for name, part in files):
         if part == WHOLE and path.suffix.lower() in arrays.SUFFIXES:
             found = read_array(arrays.read(path)[0], path, shape or transform.shape, options)
-            pictures, names = [*pictures, *found.x], names + found.names
-            continue
-        x = _picture(path, transform, options, shape or transform.shape)
-        if x is None:
+            pictures += found.x
+            names += found.names
+        elif (x := _picture(path, transform, options, shape or transform.shape)) is None:
             bad.append(path)
-            continue
-        if shape is not None:
-            _check_shape(tuple(x.shape), shape, path)
-        pictures, names = [*pictures, x], [*names, printable(path)]
+        else:
+            _check_shape(tuple(x.shape), shape or tuple(x.shape), path)
+            pictures.append(x)
+            names.append(printable(path))
     if not pictures:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
     check_range(pictures, names, transform, noisy=True)

@@ -47,8 +47,7 @@ CELEBA_PARTITION = ("list_eval_partition.txt", "Eval/list_eval_partition.txt")
 
 
 def digits(argument: str, options: DataOptions, _: Any = None) -> Samples:
-    """scikit-learn's handwritten digits, 8x8, grey levels 0 ... 16. All rows are permuted with a fixed seed: 1300 for
-    training, 200 for validation, 297 for test."""
+    """scikit-learn's handwritten digits, 8x8, grey levels 0 ... 16, in a fixed random order: 1300 / 200 / 297."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -203,10 +202,9 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
 
 @dataclass(frozen=True)
 class Toy:
-    """A toy distribution in the plane, as likely in each class: Gaussians along curves.
+    """A toy distribution in the plane, as likely in each class: Gaussians of one ``deviation`` along curves.
 
-    ``classes`` are the middles of each, float64 (K, 2), and all have one ``deviation``: their sum is smooth to 1e-4
-    where they are closer than 1.3 of it.
+    ``classes`` are the middles of each, float64 (K, 2); closer than 1.3 deviations their sum is smooth to 1e-4.
     """
 
     classes: list[Tensor]

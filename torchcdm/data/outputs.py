@@ -69,6 +69,8 @@ def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = Non
     They stand in so many ``columns``, as square as possible when None; small ones are enlarged to ``GRID_SIDE``.
     Those that are neither grey nor colour show their channels side by side.
     """
+    if not len(x):
+        raise UserError(f"{path}: there are no images to show")
     write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))
     return Path(path)
 

@@ -136,8 +136,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
     """Samples to be scored, in the data units of ``transform``, that of the data that were fitted.
 
     ``x`` is as one data set of :func:`pair_up`; a table may have its columns in any order, and further ones. ``warp``
-    is that of the pair, None for images, which the ``options`` are for. UserError for missing columns, another shape,
-    or cells that cannot be read.
+    is that of the pair. UserError for missing columns, another shape, or cells that cannot be read.
     """
     table = None if warp is None else warp.table
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):

@@ -42,8 +42,8 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
 
     What is wrong with its lines is :func:`torchcdm.units.frames.noted`, for one message with what is wrong with its
     cells, and so is what was read off the file. The option ``skip_bad`` leaves out lines with another number of
-    cells. Of a Parquet file the row group number ``group`` is read, all where it is None. UserError for a file that
-    cannot be read, or two columns of one name.
+    cells. Of a Parquet file the row group ``group`` is read, all when None. UserError for a file that cannot be read,
+    or columns without a name of their own.
     """
     if not is_table(path):
         raise UserError(f"{path}: tables are read from {', '.join(SUFFIXES)} files")
@@ -64,8 +64,7 @@ def samples_of(
     """The codes of the columns; of those of a model that scores the data, where its transform ``like`` is given.
 
     ``parts`` are ``train``, and ``validation`` and ``test`` where they are apart; ``labels`` classes (N,) of ``train``
-    that are no column of the table. UserError for columns that are not there, cells that cannot be read, all in one
-    line, or nothing that varies.
+    that are no column. UserError for columns that are not there, cells that cannot be read, or nothing that varies.
     """
     frames = list(parts.values())
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
@@ -74,7 +73,8 @@ def samples_of(
     notes = [note for frame in frames for note in noted(frame, "notes")]
     whole = joined(frames)
     if not len(whole) or not len(whole.columns):
-        raise UserError(f"{name}: no columns of values, or no rows")
+        what = "; ".join(noted(whole, "problems")) or "no columns of values, or no rows"
+        raise UserError(f"{name}: {what}")
     if like is None:
         table, more = TableEncoding.fit(whole, name, options.skip_bad)
         notes += [f"{len(whole)} rows, {len(table.kept)} columns: {', '.join(table.names)}.", *more]

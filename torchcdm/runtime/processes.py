@@ -1,5 +1,4 @@
-"""Devices by name; processes that share a training step or the samples of a measurement; batches and the memory that
-holds them."""
+"""Devices by name; processes that share a training step or the samples of a measurement; batches and their memory."""
 
 from __future__ import annotations
 
@@ -102,8 +101,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # what glibc's ``mallopt`
 def memory_kept() -> Iterator[None]:
     """Memory that is freed meanwhile stays with the process, where its C library is glibc.
 
-    A training step on a CPU asks for what the last one freed. From the system it comes page by page, each filled with
-    zeros first, which is a tenth of a step.
+    A training step on a CPU asks for what the last one freed: pages that the system zeroes again take a tenth of it.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(library, "malloc_trim"):

@@ -39,12 +39,14 @@ def kind_of(cells: Series) -> Kind | Literal[""]:
     """What a column holds; the empty text where all cells are missing."""
     from pandas.api import types
 
+    if not cells.notna().any():
+        return ""
     if types.is_bool_dtype(cells.dtype):
         return "boolean"
     if types.is_datetime64_any_dtype(cells.dtype):
-        return "date" if cells.notna().any() else ""
+        return "date"
     if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
-        return "number" if cells.notna().any() else ""
+        return "number"
     texts = texts_of(cells, "category")
     filled = texts != ""
     if not filled.any():
@@ -123,8 +125,9 @@ def _dates_of(cells: Series, day_first: bool) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = pd.to_datetime(texts, utc=True, errors="coerce", format="mixed")
-    days = (found - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)
-    return days.to_numpy(np.float64), empty.to_numpy()
+    # By numpy: pandas would count from 1970 in nanoseconds, which end in 2262.
+    days = (found.dt.tz_localize(None).to_numpy() - np.datetime64(0, "D")) / np.timedelta64(1, "D")
+    return days, empty.to_numpy()
 
 
 def _are_texts(cells: Series) -> np.ndarray:

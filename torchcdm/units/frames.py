@@ -32,8 +32,7 @@ def is_frame(data: Any) -> bool:
 
 
 def as_frame(data: Any) -> DataFrame:
-    """A data frame of pandas, polars or pyarrow as one of pandas with texts as names, UserError where two are alike; a
-    Series becomes one column."""
+    """A data frame or Series of pandas, polars or pyarrow as a frame of pandas with texts as names, or UserError."""
     import pandas as pd
 
     if hasattr(data, "collect"):

@@ -120,8 +120,8 @@ class Column:
             x = np.where(x > value, np.maximum(x - self.cell, value), x)
         x[empty] = np.nan
         if self.kind == "date":
-            stamps = pd.to_datetime(x.round() if self.decimals == 0 else x, unit="D", origin="unix", errors="coerce")
-            stamps = stamps if self.decimals == 0 else stamps.round("s")
+            unit, count = ("D", x) if self.decimals == 0 else ("s", 86400 * x)
+            stamps = pd.to_datetime(count.round(), unit=unit, origin="unix", errors="coerce")
             return stamps if self.zone is None else stamps.tz_localize("UTC").tz_convert(self.zone)
         x = x if self.decimals is None else x.round(self.decimals)
         if self.decimals != 0 or np.abs(np.nan_to_num(x)).max(initial=0) >= 2**63:
@@ -320,7 +320,7 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     notes = ["holds dates, in days"] if is_date else []
     other = replace(column, thousands="" if column.thousands else ",", day_first=not column.day_first).read(cells)[0]
     for k in np.flatnonzero(np.isfinite(x) & (x != other))[:1]:
-        value = pd.Timestamp(x[k], unit="D").date() if is_date else f"{x[k]:.15g}"
+        value = pd.Timestamp(np.floor(x[k]), unit="D").date() if is_date else f"{x[k]:.15g}"
         notes.append(f"reads '{cells.iloc[k]}' as {value}")
     missing, x = bool(empty.any()), x[np.isfinite(x)]
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
