@@ -172,6 +172,15 @@ def test_replicas_forget_where_they_started():
         assert torch.allclose(trace.x[:, columns].mean((0, 1)), mean, atol=0.35)
 
 
+def test_draws_without_mass_make_others_no_more_independent():
+    trace, log_gamma = Replicas.__new__(Replicas), torch.zeros(200, 16, dtype=torch.float64)
+    for k, noise in enumerate(normal(199, 16)):
+        log_gamma[k + 1] = 0.95 * log_gamma[k] + noise
+    log_gamma[0, :4] = -math.inf
+    trace.log_gamma = log_gamma
+    assert 40 < trace.ess() < 160, "3200 draws times 0.05 / 1.95 are 82"
+
+
 def test_a_ladder_keeps_no_more_of_its_particles_than_the_points_where_replicas_start(monkeypatch):
     made, alive, init = [], [], States.__init__
 

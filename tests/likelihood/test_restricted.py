@@ -7,6 +7,7 @@ import torch
 from lattices import LatticeClassifier
 from oracles import MixtureClassifier, labelled_mixture, normal, rng
 
+from studies.exact import GaussianMixture
 from torchcdm.annealing.target import DISTANCE, Fence
 from torchcdm.diffusion.schedules import CosineSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
@@ -78,6 +79,17 @@ def test_a_class_without_data_has_those_of_the_other():
     one = x[x[:, 0] < -0.7]
     found = log_normalizer(model, one, None, Scoring(level=5), 8, 4, restricted=True)
     assert len(found.restricted.log_z) == 2 and math.isfinite(found.value)
+
+
+def test_all_classes_of_sorted_data_are_usual():
+    # A narrow and a wide class, whose profiles differ, in a model that does not tell them apart.
+    mixture, schedule = GaussianMixture(torch.ones(2), normal(2, 8), torch.tensor([1e-3, 4.0])), CosineSchedule(25)
+    model = ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule, DataTransform((8,)))
+    x = mixture.sample(1000, rng(2))
+    x = x[(x - mixture.means[0]).norm(dim=1).argsort()]
+    found = log_normalizer(model, x[::5], None, Scoring(level=5), 8, 4, restricted=True, training=x)
+    # Without the wide class among what is usual it was ten times as many nats.
+    assert float(restricted_pass(model, x[::5], found.restricted).nats.mean()) > -15
 
 
 def test_what_is_needed():

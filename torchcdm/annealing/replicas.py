@@ -128,8 +128,10 @@ class Replicas:
         return mbar(values, rung, torch.arange(n).repeat(len(rung) // n))
 
     def ess(self) -> float:
-        """Independent draws at the lowest rung, by the autocorrelation of log gamma."""
-        return self.log_gamma.numel() / autocorrelation_time(self.log_gamma)
+        """Independent draws with mass at the lowest rung, by the autocorrelation in columns never without it."""
+        inside = self.log_gamma.isfinite()
+        whole = self.log_gamma[:, inside.all(0)]
+        return int(inside.sum()) / (autocorrelation_time(whole) if whole.numel() else len(inside))
 
     def swap(self, sweep: int, parity: int) -> None:
         """Tries every other pair of neighbouring rungs, and the start density where it is the upper one of a pair."""

@@ -16,13 +16,13 @@ from torch import Tensor
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.ratios import half_width
 from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder
-from torchcdm.annealing.target import Fence, Fenced, ModelTarget, in_batches
+from torchcdm.annealing.target import COMPARED, Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
 from torchcdm.errors import UserError, warn
 from torchcdm.likelihood.restricted import BINS, MeasuredStep, Restricted, measured_steps, prior_of
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.random import normal, stream
+from torchcdm.random import normal, permutation, stream
 from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
 from torchcdm.runtime.validation import Count, checked
 
@@ -281,6 +281,7 @@ def log_normalizer(
     starts = points.starts(held, anywhere=not restricted)
     x_t, within, lost, noisy = torch.cat(list(starts.values()), 1), target, "", []
     if restricted:
+        usual = usual[permutation(len(usual), scoring.seed)]  # some of it stand for all, and it may be sorted by class
         noisy = [points.noised(points.clean(part[:USUAL])) for part in points.by_classes(usual)]
         within = points.fenced(noisy, x_t.shape[1])
         lost = points.move_within(within, x_t)
@@ -354,7 +355,8 @@ class _Points:
         noise = normal(x_0.shape, stream(self.scoring.seed, "classes"), x_0.device)
         x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
         classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
-        return [part if len(part := x[classes == k]) > 1 else x for k in range(len(self.shares))]
+        # Of fewer the covariance of so many numbers is none, and a fence about them shuts all others out.
+        return [part if len(part := x[classes == k]) > 2 * COMPARED else x for k in range(len(self.shares))]
 
     def noised(self, x_0: Tensor) -> Tensor:
         """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
