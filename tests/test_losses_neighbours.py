@@ -56,6 +56,13 @@ def test_time_term_vanishes_for_an_exact_gaussian_and_sees_a_shifted_level():
     assert loss.model.backbone.size.grad > 0
 
 
+def test_without_inner_levels_there_is_nothing_to_compare():
+    model = ClassificationDiffusion(nn.Linear(3, 4), UniformSigmaSchedule(2))
+    terms = CDMLoss(model, time_weight=1.0)(torch.randn(8, 3, generator=rng(1)), generator=rng(4))
+    terms["loss"].mean().backward()
+    assert not terms["time"].any() and model.backbone.weight.grad.isfinite().all()
+
+
 def test_a_time_weight_needs_a_squared_error():
     model = ClassificationDiffusion(ZeroBackbone(14), CosineSchedule(12))
     with pytest.raises(UserError, match="with mse_weight 0"):

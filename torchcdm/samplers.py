@@ -40,11 +40,9 @@ Time = Callable[[Tensor], Tensor]
 class Step:
     """One step, from x_t (B, *shape), model units, at level t, 1 ... T, to level s, 0 ... t - 1.
 
-    Attributes:
-        y: Classes, long (B,), or None.
-        noise: Standard normal, shape of ``x_t``; for stochastic samplers alone.
-        previous: What the step before returned, for multistep rules: the levels before, the latest first.
-        known: What the denoiser says of ``x_t``, where it is known already.
+    Of classes ``y``, long (B,), or None, with standard normal ``noise``, shape of ``x_t``, for stochastic samplers
+    alone. Multistep rules have what the step before returned, the ``previous`` levels, the latest first; ``known`` is
+    what the denoiser says of ``x_t``, where it is known already.
     """
 
     denoiser: Denoiser
@@ -190,8 +188,7 @@ class DEIS(Sampler):
     r"""Exponential integrator with a polynomial noise (tAB-DEIS; Zhang and Chen, 2023, arXiv 2204.13902).
 
     u_s = u_t - the integral over r of the polynomial through eps at this level and the ones before, by default in the
-    angle :math:`\arctan r`, which is the time of the cosine schedule. Of its order for any steps; the first are of
-    lower order. tAB2 is of order 3, tAB3 of order 4.
+    angle :math:`\arctan r`, the cosine schedule's time. Of its order (tAB2: 3, tAB3: 4) but for the first steps.
 
     Args:
         order: 2, 3 or 4.

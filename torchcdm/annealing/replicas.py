@@ -24,8 +24,8 @@ from torchcdm.random import normal
 from torchcdm.runtime.processes import alone
 
 SPACING = 1.3
-"""Largest deviation of the work between neighbouring rungs, nats: swaps are accepted about half of the time, so that
-replicas cross all N rungs in the fewest evaluations (Syed et al. 2022): about N² sweeps, of N evaluations each."""
+"""Largest deviation of the work between rungs, nats: as half of all swaps are accepted, replicas cross N rungs in the
+fewest evaluations (Syed et al. 2022), about N² sweeps."""
 
 FAMILY = 8
 """Particles that come down for each column: columns that start in one population would not be independent."""
@@ -72,8 +72,8 @@ class Replicas:
         swapped: Share of swaps accepted, (rungs,); the last one is that of fresh draws of the start density.
         log_gamma: log gamma at the lowest rung, (sweeps, columns).
         arrivals: Replicas that came from the start density all the way to the lowest rung, (columns,).
-        densities: For MBAR, thinned: log density of all rungs and the start at the replicas of all rungs and fresh
-            draws of the start, (n, rungs + 1) each; empty where a pass tells one level.
+        densities: For MBAR, thinned: log density of all rungs and the start at all replicas and fresh draws of the
+            start, (n, rungs + 1) each; empty where a pass tells one level.
         x: Points of the lowest rung, thinned, (draws, columns, *shape).
     """
 
@@ -83,8 +83,7 @@ class Replicas:
         self.target, self.kernels, self.generator, self.moves = target, kernels, generator, moves
         self.levels, self.step, (self.count, self.columns) = rungs.levels, rungs.step, rungs.x.shape[:2]
         self.states = States.of(target, x, torch.tensor(rungs.levels).to(x.device).repeat_interleave(self.columns))
-        # Whether a replica came from the start density.
-        self.fresh = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.fresh = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # those from the start density
 
     @torch.no_grad()
     def go_on(self, sweeps: int, burn_in: int = 0, progress: bool = False) -> Replicas:

@@ -134,10 +134,8 @@ COMPARED, DISTANCE = 11, 6.0
 class Fence:
     """Where densities have mass: where the profile of log gamma, at a level and above it, is usual for the level.
 
-    Attributes:
-        levels: Rising levels of the schedule; at others there is no mass.
-        middle: Mean log gamma, at some of them, of points of each class and level, nats, (classes, levels, some).
-        whiten: What gives the deviations unit covariance, (classes, levels, some, some); 0 for the levels below.
+    At rising ``levels`` alone. ``middle`` is the mean log gamma, at some of them, of points of each class and level,
+    (classes, levels, some), and ``whiten``, (classes, levels, some, some), gives deviations unit covariance.
     """
 
     levels: list[int]

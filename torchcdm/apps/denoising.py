@@ -19,7 +19,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_numbers, codes_of
+from torchcdm.models.inputs import as_numbers
 from torchcdm.runtime.validation import Count, Positive, checked
 from torchcdm.units import DataTransform
 
@@ -98,7 +98,7 @@ def denoise(
         level: Level 1 ... T whose noise the data have.
         noise_std: Standard deviation of the noise, data units. Neither given: the noise of each sample is estimated.
     """
-    x = as_numbers(codes_of(noisy, model.transform), model.schedule.alpha.device)
+    x = as_numbers(noisy, model.schedule.alpha.device, model.transform)
     model.check_inputs(x, data=True)
     transform = DataTransform(x.shape[1:]) if model.transform is None else model.transform
     require_additive_noise(transform)

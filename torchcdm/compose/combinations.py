@@ -74,17 +74,16 @@ class Combination(DensityModel):
 
     def _log_densities(self, x_t: Tensor) -> list[Tensor]:
         """log p_t of each expert at every level, (B, T+2) each; one pass of each model that gives all its classes."""
-        by_class, found = {}, []
+        asked = {k for k, y in self.experts if y is not None and self.models[k].joint}
+        by_class, found = {k: self.models[k].class_log_prob_levels(x_t) for k in sorted(asked)}, []
         for k, y in self.experts:
-            model = self.models[k]
-            if not model.joint or all(label is None for i, label in self.experts if i == k):
-                label = None if y is None else torch.full((len(x_t),), y, device=x_t.device)
-                found.append(model.log_prob_levels(x_t, label))
-                continue
             if k not in by_class:
-                by_class[k] = model.class_log_prob_levels(x_t)
-            prior = model.log_class_prior[:, None]
-            found.append((by_class[k] + prior).logsumexp(1) if y is None else by_class[k][:, y])
+                label = None if y is None else torch.full((len(x_t),), y, device=x_t.device)
+                found.append(self.models[k].log_prob_levels(x_t, label))
+            elif y is None:
+                found.append((by_class[k] + self.models[k].log_class_prior[:, None]).logsumexp(1))
+            else:
+                found.append(by_class[k][:, y])
         return found
 
 
@@ -155,8 +154,7 @@ def any_of(model: Model, classes: Sequence[int] | None = None, weights: Sequence
     Args:
         model: A model with classes, or a list of models.
         classes: Classes of a single model.
-        weights: pi_i, of any sum; the class prior of a joint model, equal otherwise, when None. Of models that are
-            known to integrate to Z_i, pi_i / Z_i.
+        weights: pi_i of any sum, or pi_i / Z_i where Z_i are known; the prior of a joint model, else equal, when None.
     """
     experts = _experts(model, classes)
     first, pi = experts[0][0], torch.ones(len(experts), dtype=torch.float64)

@@ -30,8 +30,7 @@ VARIANCE_FLOOR = 1e-5
 """Least variance of a component along any direction, model units: no component shrinks onto one sample."""
 
 PIECES, PIECE_ROWS = 3, 5
-"""EM starts from so many pieces for each component, in groups; pieces need so many rows, and so many for each number
-where groups are to have covariances of their own."""
+"""EM starts from so many pieces for each component; they need so many rows, so many a number for own covariances."""
 
 TOLERANCE, ROUGH = 1e-5, 1e-3
 """EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""

@@ -41,8 +41,7 @@ FAR = 4.0
 """Deviations of continuous data at which replicas start that start far from all data."""
 
 AGREEMENT = 2.0
-"""Standard errors by which runs from several starts may differ in the root mean square, and the trend over the
-quarters of all runs. Those of few columns count less, by Student's t."""
+"""Standard errors by which runs from several starts may differ in root mean square, and the trend over quarters."""
 
 SMALLEST_ESS, KNOWN = 20, 0.01
 """Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim."""
@@ -56,15 +55,11 @@ TRAINING = 5000
 
 @dataclass(frozen=True)
 class LogZ:
-    """An estimate of log Z, nats.
+    """An estimate of log Z, nats, of the density of samples of ``dim`` dimensions at a ``level``.
 
     Attributes:
-        value: Logarithm of the estimate of Z.
-        se: Its standard error.
-        width: Half of its 95 % interval, in standard errors.
+        value: Logarithm of the estimate of Z, of standard error ``se``; half a 95 % interval are ``width`` of these.
         estimator: How it was obtained.
-        level: The level whose density is integrated.
-        dim: Dimensions of a sample.
         x: Draws of the normalised density at the level, model units, (n, *shape); None where there are none.
         check: A second estimate: by MBAR on the states of replica exchange, which checks the works.
         convergence: Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are
@@ -306,7 +301,7 @@ class _Points:
 
     Attributes:
         rungs: Levels that particles found on their way down, from number ``first`` on, and samples of the model there.
-        shares: Of the classes that are taken one by one, (1.0,) where all are taken together.
+        shares: Of the classes that are taken one by one, (1.0,) for all together.
         replicas: Columns of a start and a class; those of a start lie together, in it those of a class.
     """
 

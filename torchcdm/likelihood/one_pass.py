@@ -23,9 +23,8 @@ def single_pass(
 ) -> LogLikelihood:
     """log-likelihood of data by the classifier's logits, one network evaluation a draw.
 
-    On a grid: the dequantisation bound at level 0, the bound through a noisy level above. Continuous data: the
-    density at the level; above 0 that of the data plus noise r_t. Valid for a density that integrates to one:
-    see :func:`torchcdm.likelihood.log_normalizer`.
+    On a grid: the dequantisation bound at level 0, the bound through a noisy level above. Continuous data: the density
+    at the level; above 0 that of data plus noise r_t. Valid if it integrates to one: see :func:`log_normalizer`.
 
     Args:
         model: Put into evaluation mode meanwhile.
@@ -40,8 +39,8 @@ def single_pass(
     def one(rows: slice, seed: int) -> Tensor:
         batch = ScoredBatch(model, x, y, rows, seed)
         if level == 0:
-            x_0 = batch.x.to(working_dtype(model, torch.float64))
-            x_0 = dithered(transform, batch.x, seed, rows.start) if dither else x_0
+            precision = working_dtype(model, torch.float64)
+            x_0 = dithered(transform, batch.x, seed, rows.start) if dither else batch.x.to(precision)
             return model.log_prob(x_0, y=batch.y).cpu()
         _, log_prob, offset = score_noisy(model, batch, level)
         return (log_prob[:, level] + offset).cpu()

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.models.inputs import LARGEST, as_numbers, codes_of
+from torchcdm.models.inputs import LARGEST, as_numbers
 from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, CountOrZero, Int, validated
@@ -21,8 +21,7 @@ SCORING_NOISE = 0.5
 """Noise at which data on a grid are scored, in bins: one pass on digits is lowest there."""
 
 SCORING_NOISE_GAUSSIANIZED = 1 / 3
-"""The same for Gaussianised data, in typical cells of the pixel whose cells are narrowest. There are no edges to
-stay away from; one pass on digits is lowest there."""
+"""The same for Gaussianised data, without edges, in typical cells of the pixel whose cells are narrowest."""
 
 
 @validated
@@ -66,8 +65,7 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
         raise UserError("likelihoods are in data units: give a model with a DataTransform (identity will do)")
     if not isinstance(scoring, Scoring):
         raise UserError(f"scoring is {type(scoring).__name__}; give a likelihood.Scoring(level=..., draws=...)")
-    x = codes_of(x, model.transform)
-    x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"))
+    x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"), model.transform)
     return x, model.check_inputs(x, y=y, data=True)
 
 

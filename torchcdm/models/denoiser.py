@@ -28,13 +28,10 @@ if TYPE_CHECKING:
 
 
 class Denoiser(nn.Module, ABC):
-    """Anything that estimates E[eps | x_t] at the levels of a schedule.
+    """Anything that estimates E[eps | x_t] at the levels of a ``schedule``.
 
-    Args:
-        schedule: The noise schedule.
-        transform: Data units to model units; None where the caller works in model units, which the type leaves out.
-        backbone: The network, where there is one.
-        base: A density in closed form that the network corrects; None for none.
+    The ``transform`` takes data units to model units; None where the caller works in these, which the type leaves out.
+    The ``backbone`` is the network, and ``base`` a density in closed form that it corrects, where there are such.
 
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
@@ -147,8 +144,7 @@ def guided(conditional: Tensor, plain: Tensor, weight: float) -> Tensor:
 class DenoisingDiffusion(Denoiser):
     """A plain denoising diffusion model (DDM): the network estimates eps itself.
 
-    The ``backbone`` maps x_t (B, *shape), t (B,) and y, (B,) or None, to eps (B, *shape), which corrects that of the
-    ``base`` where there is one; other arguments as in :class:`Denoiser`.
+    The ``backbone`` maps x_t (B, *shape), t (B,) and y, (B,) or None, to eps (B, *shape), which corrects the base's.
     """
 
     def __init__(

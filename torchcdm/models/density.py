@@ -17,7 +17,7 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, guided, working_dtype
-from torchcdm.models.inputs import LARGEST, as_labels, as_numbers, codes_of
+from torchcdm.models.inputs import LARGEST, as_labels, as_numbers
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class DensityModel(Denoiser):
         """
         if units not in ("data", "model"):
             raise UserError(f"units is '{units}'; choose data or model")
-        x = as_numbers(codes_of(x, self.transform), self.schedule.alpha.device)
+        x = as_numbers(x, self.schedule.alpha.device, self.transform)
         self.check_inputs(x, t, data=True)
         z = x if units == "model" or self.transform is None else self.transform(x)
         levels = torch.as_tensor(t, device=z.device).expand(z.shape[:1])

@@ -20,23 +20,15 @@ LARGEST = 1e15
 """Size of a context, or of a number in model units, beyond which sums of squares overflow in float32."""
 
 
-def codes_of(x: Any, transform: DataTransform | None) -> Any:
-    """The codes of a data frame for a model of a table, float64 (N, d), by its columns; anything else as it is.
-
-    UserError names columns that are missing, and cells that the model does not know, all in one line.
-    """
-    if not is_frame(x):
-        return x
-    if transform is None or transform.table is None:
-        return as_frame(x).to_numpy()  # of a model of vectors: by their order
-    return transform.table.encode(as_frame(x)).x
-
-
-def as_numbers(x: Any, device: torch.device) -> Tensor:
+def as_numbers(x: Any, device: torch.device, transform: DataTransform | None = None) -> Tensor:
     """Inputs (B, *shape) as a tensor of a float type, float32 at least; its gradient is kept.
 
-    UserError where they are masked, empty, not finite or no array of real numbers.
+    Of a data frame the codes for a model of a table, by its columns, or the columns in their order. UserError where
+    inputs are masked, empty, not finite or no array of real numbers, or columns missing, or cells not known.
     """
+    if is_frame(x):
+        table = None if transform is None else transform.table
+        x = as_frame(x).to_numpy() if table is None else table.encode(as_frame(x)).x
     values = as_tensor(x, "inputs", device)
     if values.is_complex() or values.dtype == torch.bool:
         raise UserError(f"inputs are {values.dtype}; give real numbers")

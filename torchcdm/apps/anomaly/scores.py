@@ -26,7 +26,7 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.models.inputs import as_numbers, codes_of
+from torchcdm.models.inputs import as_numbers
 from torchcdm.random import stream
 
 Fitted = Mapping[str, Tensor]
@@ -80,7 +80,7 @@ def by_batches(model: Denoiser, function: Callable[[Tensor], Tensor], x: Tensor)
 def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> Tensor:
     """Samples (N, *shape) for the model, a tensor on the CPU; UserError where they are no finite numbers, have another
     shape or range of grey levels, or are fewer than ``smallest``, as ``what`` needs."""
-    x = as_numbers(codes_of(x, model.transform), torch.device("cpu")).detach()
+    x = as_numbers(x, torch.device("cpu"), model.transform).detach()
     model.check_inputs(x, data=True)
     if model.transform is not None:
         check_range([x], ["inputs"], model.transform)
