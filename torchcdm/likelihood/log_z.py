@@ -277,7 +277,9 @@ def log_normalizer(
     x_t, within, lost, noisy = torch.cat(list(starts.values()), 1), target, "", []
     if restricted:
         usual = usual[permutation(len(usual), scoring.seed)]  # some of it stand for all, and it may be sorted by class
-        noisy = [points.noised(points.clean(part[:USUAL])) for part in points.by_classes(usual)]
+        # A fence about fewer, whose covariance is hardly known, shuts all others out.
+        parts = points.by_classes(usual, 2 * COMPARED)
+        noisy = [points.noised(points.clean(part[:USUAL])) for part in parts]
         within = points.fenced(noisy, x_t.shape[1])
         lost = points.move_within(within, x_t)
     # Until each replica may have come from the noise; of many rungs a trend shows what is not enough.
@@ -341,8 +343,8 @@ class _Points:
             starts["far"] = self.noised(reference.mean + reference.rotation.inverse(far))
         return starts
 
-    def by_classes(self, x: Tensor) -> list[Tensor]:
-        """Data by class, as the model sees it; a class that is hardly there has all of them."""
+    def by_classes(self, x: Tensor, least: int = 2) -> list[Tensor]:
+        """Data by class, as the model sees it; a class of fewer than the ``least`` number has all of them."""
         if not self.by_class:
             return [x]
         model, level, size = self.model, self.levels[0], self.scoring.batch_size
@@ -350,8 +352,7 @@ class _Points:
         noise = normal(x_0.shape, stream(self.scoring.seed, "classes"), x_0.device)
         x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
         classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
-        # Of fewer the covariance of so many numbers is none, and a fence about them shuts all others out.
-        return [part if len(part := x[classes == k]) > 2 * COMPARED else x for k in range(len(self.shares))]
+        return [part if len(part := x[classes == k]) >= least else x for k in range(len(self.shares))]
 
     def noised(self, x_0: Tensor) -> Tensor:
         """Points, model units (n, *shape), with the noise of each rung, (rungs, n, *shape)."""
