@@ -1,6 +1,7 @@
 """Posteriors of measurements, against those of Gaussians and mixtures in closed form."""
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -92,6 +93,16 @@ def test_an_unknown_noise_is_integrated_out():
     squares = (x0 - y).square().sum(1)[:, None]
     truth = (-2 * log_s - squares / 2 * (-2 * log_s).exp()).logsumexp(1)  # ds / s is d log s
     assert torch.allclose(found - found[0], truth - truth[0], atol=0.02)
+
+
+@pytest.mark.parametrize(("measurement", "matrices"), [(compose.blur(1.0), 1), (lambda x: x.square(), 16)])
+def test_a_linear_measurement_has_one_matrix(measurement, matrices, monkeypatch):
+    made, tilted = [], import_module("torchcdm.compose.tilted")
+    jacobian = tilted.jacobian
+    monkeypatch.setattr(tilted, "jacobian", lambda *given: made.append(given) or jacobian(*given))
+    model = ClassificationDiffusion(ZeroBackbone(len(SCHEDULE.alpha)), SCHEDULE, DataTransform((1, 4, 4)))
+    compose.posterior(model, measurement, normal(1, 4, 4), 0.5)
+    assert len(made) == matrices
 
 
 def test_a_bent_measurement_keeps_its_particles():
