@@ -260,7 +260,8 @@ def test_attributes_and_time_zones_of_a_frame_are_the_users():
 def test_dates_before_1677_and_after_2262_are_dates_too(days):
     pd = pytest.importorskip("pandas", minversion="3")
     frame = pd.DataFrame({"day": days, "x": np.random.RandomState(0).normal(size=60)})
-    table, _ = TableEncoding.fit(frame)
+    table, notes = TableEncoding.fit(frame)
+    assert ("9999-12-31 in 67 % of the rows" in notes[0]) == ("9999-12-31" in days)
     found = table.decode(table.encode(frame).x)["day"]
     assert (found.astype(str).str[:16] == pd.to_datetime(frame["day"]).astype(str).str[:16]).all()
 

@@ -33,7 +33,7 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
     except Exception as error:  # of any of the libraries below that one
         raise UserError(f"hf:{argument}: cannot be loaded ({reason(error)})") from error
     parts = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-    rows = named_splits(lambda split: parts.get(split))
+    rows = named_splits(parts.get)
     if "train" not in rows:
         raise UserError(f"hf:{argument}: no split called train (found: {', '.join(parts)})")
     rows = {split: part for split, part in rows.items() if len(part) or split == "train"}

@@ -312,6 +312,9 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     """Numbers or dates; ``repeated`` ones get a cell."""
     import pandas as pd
 
+    def text(value: float, digits: int) -> str:
+        return str(pd.Timestamp(np.floor(value), unit="D").date()) if is_date else f"{value:.{digits}g}"
+
     is_date, zone = column.kind == "date", getattr(cells.dtype, "tz", None)
     column = replace(column, **conventions(cells, column.kind), zone=None if zone is None else str(zone))
     x, empty = column.read(cells)
@@ -320,8 +323,7 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     notes = ["holds dates, in days"] if is_date else []
     other = replace(column, thousands="" if column.thousands else ",", day_first=not column.day_first).read(cells)[0]
     for k in np.flatnonzero(np.isfinite(x) & (x != other))[:1]:
-        value = pd.Timestamp(np.floor(x[k]), unit="D").date() if is_date else f"{x[k]:.15g}"
-        notes.append(f"reads '{cells.iloc[k]}' as {value}")
+        notes.append(f"reads '{cells.iloc[k]}' as {text(x[k], 15)}")
     missing, x = bool(empty.any()), x[np.isfinite(x)]
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
     with np.errstate(over="ignore", invalid="ignore"):
@@ -337,7 +339,7 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     if several:
         notes.append(f"has {len(few)} distinct values: dequantised with cells of {cell:g}; they have probabilities")
     if frequent:
-        shares = (f"{value:g} in {100 * share:.0f} % of the rows" for value, share in frequent.items())
+        shares = (f"{text(value, 6)} in {100 * share:.0f} % of the rows" for value, share in frequent.items())
         notes.append(f"holds {', '.join(shares)}: such values have a probability, the others a density")
     if steep and not is_date:
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
