@@ -1,6 +1,7 @@
 """Run by ``two_ranks``: the gradients of a joint batch from every process's share, and a short training."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +30,9 @@ def gradients(kind: str) -> tuple[int, dict[str, torch.Tensor]]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     processes = Processes("cpu")
+    if processes.world > 1:  # the first validates alone, for longer than the ten minutes that NCCL would wait
+        waits = torch.distributed.group.WORLD._get_backend(processes.device).options._timeout
+        assert waits > timedelta(hours=12)
     loss = build_loss(config.loss, model)
     batches = Batches(source, 32, 0, labels=False, rank=processes.rank, world=processes.world)
     (batch,) = batches(3, 4, loss, processes.device)

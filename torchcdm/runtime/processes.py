@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from importlib import import_module
 from typing import Any, TypeVar, final
 
@@ -23,6 +24,8 @@ from torchcdm.errors import UserError, reason, warn
 CPU_VALUES, CPU_ROWS, GPU_VALUES, GPU_ROWS = 2**15, (16, 4096), 2**18, 64
 # Samples that memory held when it ran out, by their values and device: later batches are no larger.
 _HELD: dict[tuple[int, torch.device], int] = {}
+# The others wait while the first process validates or writes a report: NCCL's own limit of ten minutes would end them.
+LONGEST_WAIT = timedelta(days=1)
 Rows = TypeVar("Rows", Tensor, tuple[Tensor, ...])  # results with one entry per sample: a tensor, or several
 
 
@@ -39,7 +42,7 @@ class Processes:
             # Only the first process validates, which would wait for the others; and its end is that of their group.
             raise UserError("a training shares its steps itself; call it outside of sharing()")
         from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
         together = several()
         if together:
@@ -48,8 +51,8 @@ class Processes:
         # Left to itself accelerate takes each of several processes without a GPU for one that is alone.
         on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
         # Precision and placement are the trainer's own: accelerate keeps a choice of them for the whole process.
-        handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-        self.accelerator = Accelerator(cpu=together and on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        wishes = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=LONGEST_WAIT)]
+        self.accelerator = Accelerator(cpu=together and on_cpu, mixed_precision="no", kwargs_handlers=wishes)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         if together and self.world == 1:
