@@ -25,13 +25,13 @@ def test_a_warning_points_at_the_line_of_the_user():
 
 
 def test_a_network_that_fails_without_a_word_is_refused():
-    class Failing(nn.Module):
+    class Failing(nn.Linear):
         def forward(self, x):
             raise RuntimeError
 
     source = from_object([[float(k), -float(k)] for k in range(20)])
     with pytest.raises(UserError, match=r"does not take inputs of shape \(2, 2\) \(RuntimeError\)"):
-        check_network(Failing(), source, levels=12)
+        check_network(Failing(2, 12), source, levels=12)
 
 
 class Activated(nn.Module):

@@ -296,7 +296,8 @@ def test_a_default_of_float64(request):
 @pytest.mark.parametrize("joint", [False, True])
 def test_a_network_with_classes(joint, tmp_path):
     x, y = points(), torch.arange(200) % 3
-    model = torchcdm.fit(x, y, backbone=WithClasses(3, joint), model={"schedule": {"T": 30}}, **TINY)
+    settings = {"labels": "joint" if joint else "input", "schedule": {"T": 30}}  # as the network says
+    model = torchcdm.fit(x, y, backbone=WithClasses(3, joint), model=settings, **TINY)
     assert (model.classes, model.joint) == (3, joint)
     model.save(tmp_path / "kept")
     again = torchcdm.load(tmp_path / "kept", backbone=WithClasses(3, joint))
@@ -329,6 +330,13 @@ def test_a_model_made_by_hand_is_saved_untrained(tmp_path):
     assert torch.equal(again.log_prob(points(4)), model.log_prob(points(4)))
 
 
+class Weightless(nn.Module):
+    """A known density: a network without weights."""
+
+    def forward(self, x):
+        return -x.square().sum(1, keepdim=True) / torch.arange(2.0, 54)
+
+
 class Quadratic(NoiseSchedule):
     """One that no setting makes."""
 
@@ -344,6 +352,32 @@ class Quadratic(NoiseSchedule):
         (lambda: torchcdm.fit(points(), backbone=network(features=4), **TINY), "does not take inputs of shape"),
         (lambda: torchcdm.fit(points(), backbone=nn.Sequential(nn.BatchNorm1d(3)), **TINY), "mixes samples"),
         (lambda: torchcdm.fit(points(), backbone=WithClasses(3, True), **TINY), "3 classes and the data none"),
+        (
+            lambda: torchcdm.fit(points(), backbone=network(52), model={"labels": "joint"}, **TINY),
+            "model.labels is joint, but the network given has none; set its attributes classes and joint",
+        ),
+        (
+            lambda: torchcdm.fit(points(), backbone=WithClasses(3, True), model={"labels": "input"}, **TINY),
+            "model.labels is input, but the network given has joint",
+        ),
+        (
+            lambda: torchcdm.fit(points(), backbone=network(52), model={"backbone": {"width": 8}}, **TINY),
+            "model.backbone has no effect on a network of your own",
+        ),
+        (
+            lambda: torchcdm.fit(points(), backbone=network(52), model={"kind": "ddm"}, **TINY),
+            "model.kind is ddm, whose network is not a classifier .*; torchcdm.train.torchcdm.DenoisingDiffusion",
+        ),
+        (lambda: torchcdm.fit(points(), backbone=Weightless(), **TINY), "the network has no weights to train"),
+        (
+            lambda: torchcdm.fit(points(), backbone=network(52).requires_grad_(False), **TINY),
+            r"no weights to train; give it some, or call network.requires_grad_\(True\)",
+        ),
+        (
+            lambda: torchcdm.train(torchcdm.ClassificationDiffusion(Weightless(), UniformSigmaSchedule(50)), points()),
+            "the network has no weights to train",
+        ),
+        (lambda: torchcdm.load(None), "NoneType names no model; give the folder of a run, zoo:NAME or hub:OWNER"),
         (
             lambda: torchcdm.train(torchcdm.ClassificationDiffusion(network(52), Quadratic(50)), points(), **TINY),
             "Quadratic: no setting makes this schedule",

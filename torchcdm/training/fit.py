@@ -32,7 +32,7 @@ from torchcdm.training.build import choose_base, config_of, imported, in_units, 
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
-from torchcdm.training.settings import BACKBONES, Config, TrainConfig
+from torchcdm.training.settings import BACKBONES, Config, ModelConfig, TrainConfig
 
 M = TypeVar("M", bound=Denoiser)
 
@@ -91,6 +91,7 @@ def fit(
         seen = "input" if getattr(network, "classes", None) is not None else "none"
         custom = BACKBONES["custom"](code=code, module=type(network).__name__)
         labels = "joint" if getattr(network, "joint", False) else seen
+        _check_own(dict(paths(layers[-1])), config.model, labels)
         config = replace(config, model=replace(config.model, backbone=custom, labels=labels))
         check_network(network, source, config.model.schedule.T + 2)
     return trained(config, source, device, progress, out=out, backbone=network)
@@ -133,24 +134,38 @@ def train(
         model.transform = copy.deepcopy(source.transform)
     elif model.shape != source.shape:
         raise UserError(f"train: the data have shape {source.shape}; the model takes {model.shape}")
+    if not any(weights.requires_grad for weights in model.parameters()):
+        model.requires_grad_(True)  # one that was loaded
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     source = replace(source, transform=model.transform)
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
-    if not any(weights.requires_grad for weights in model.parameters()):
-        model.requires_grad_(True)  # one that was loaded
     return trained(config, source, device, progress, out=out, model=model)
 
 
+def _check_own(asked: Mapping[str, Any], config: ModelConfig, labels: str) -> None:
+    """Refuses what is ``asked``, by dotted path, of a model whose network, with its ``labels``, is made already."""
+    if "model.backbone" in asked and config.backbone.name != "custom":
+        raise UserError("fit: model.backbone has no effect on a network of your own; give one of the two")
+    if (wanted := asked.get("model.labels", labels)) != labels:
+        mend = "set its attributes classes and joint, or leave model.labels out"
+        raise UserError(f"fit: model.labels is {wanted}, but the network given has {labels}; {mend}")
+    if config.kind == "ddm":
+        mend = "torchcdm.train(torchcdm.DenoisingDiffusion(network, schedule), data) trains one"
+        raise UserError(f"fit: model.kind is ddm, whose network is not a classifier of levels; {mend}")
+
+
 def check_network(network: nn.Module, source: DataSource, levels: int, denoiser: bool = False) -> None:
-    """Refuses a network that is compiled, with batch normalisation, weights in half precision, other classes than the
-    data's, or outputs not (2, [classes,] T + 2 ``levels``) for two samples; warns of kinks. A ``denoiser``, which
-    takes a level, is not called."""
+    """Refuses a network that is compiled, with batch normalisation, no weights to train, or some in half precision,
+    other classes than the data's, or outputs not (2, [classes,] T + 2 ``levels``) for two samples; warns of kinks. A
+    ``denoiser``, which takes a level, is not called."""
     if not isinstance(network, nn.Module):
         raise UserError(f"the network is of type {type(network).__name__}; give an nn.Module, or FILE.py:NAME")
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in network.modules()):
         raise UserError("the network has batch normalisation, which mixes samples: use nn.GroupNorm or nn.LayerNorm")
     if hasattr(network, "_orig_mod"):
         raise UserError("the network is compiled, and has no second derivative; give it as it was, and compile=True")
+    if not any(weights.requires_grad for weights in network.parameters()):
+        raise UserError("the network has no weights to train; give it some, or call network.requires_grad_(True)")
     dtype = working_dtype(network, torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise UserError(f"the network's weights are {dtype}; train network.float(), by train.precision bf16 for speed")

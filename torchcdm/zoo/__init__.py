@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from torchcdm.errors import UserError, nearest, needed, reason
@@ -26,8 +27,11 @@ def about(name: str) -> dict[str, str]:
 
 def located(model: str | Path) -> Path:
     """The folder that is given; that of ``zoo:NAME`` in this package; of ``hub:OWNER/NAME[@REVISION]`` on the Hugging
-    Face Hub, whose files are downloaded unless they are at hand. UserError for a name that the zoo does not have, or
-    what cannot be downloaded."""
+    Face Hub, whose files are downloaded unless they are at hand. UserError for what is neither text nor path, a name
+    that the zoo does not have, or what cannot be downloaded."""
+    if not isinstance(model, str | os.PathLike):
+        what = f"{type(model).__name__} names no model"
+        raise UserError(f"{what}; give the folder of a run, zoo:NAME or hub:OWNER/NAME")
     kind, colon, name = str(model).partition(":")
     if colon and kind == "zoo":
         if name not in names():
