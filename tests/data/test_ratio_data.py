@@ -139,6 +139,9 @@ def test_images_go_by_shape_and_by_kind():
         pair_up(grey / 16.3, grey)
     with pytest.raises(UserError, match="the denominator holds images, the numerator rows of numbers"):
         pair_up(normal(30, 64), grey)
+    with pytest.raises(UserError, match=r"denominator has grey levels 0 \.\.\. 255, numerator 0 \.\.\. 65535;"):
+        pair_up(grey.astype(np.uint16) * 4000, grey * 15)
+    assert pair_up(grey * 15, grey).source.transform.high == 255, "dark images are no other depth"
     options, levels = DataOptions(), pair.source.transform
     assert read_query(grey[:3], levels, None, options).x.shape == (3, 1, 8, 8)
     for other in (grey / 16, grey.astype(np.uint16) * 4000):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SOURCES = ("denominator", "numerator")  # the classes 0 and 1
 MIN_ROWS = 20  # fewest samples of each data set
+DEPTH = 255  # times as wide a range of grey levels is another scale, as of 8 and 16 bits, not another brightness
 HELD_OUT = 0.15  # share of each data set that is held out unless another is given
 PAIR = "numerator / denominator"  # what messages call both
 
@@ -112,6 +113,10 @@ def read_pair(
         if len(grids) == 1:
             raise UserError("one of numerator and denominator holds grey levels, the other fractions; give both alike")
         if grids:
+            widths = [high - low for low, high in grids]
+            if max(widths) >= DEPTH * max(1, min(widths)):
+                both = "the denominator has grey levels {} ... {}, numerator {} ... {}".format(*grids[0], *grids[1])
+                raise UserError(f"{both}; convert both to one depth, or give floats of one scale")
             low, high = min(low for low, _ in grids), max(high for _, high in grids)
             transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
