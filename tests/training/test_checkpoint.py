@@ -236,6 +236,25 @@ def test_metrics_are_cut_at_the_resumed_step(tmp_path):
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_lines_of_metrics_that_cannot_be_read_are_not_lost(tmp_path, monkeypatch):
+    path, line = tmp_path / "metrics.jsonl", '{"step": %d, "loss": 0.50}\n'
+    for strange in (b"\xff\xfe\xe9 mine\n", (line % 2).encode("utf-16"), b'{"note": "mine"}\n'):
+        path.write_bytes(strange + b"".join(b"\n" + (line % step).encode() for step in (4, 8)))
+        cut_metrics(path, 4)
+        assert path.read_bytes() == strange + b"\n" + (line % 4).encode() + b"\n"
+    path.write_bytes(b"mine")
+    cut_metrics(path, 4)
+    assert path.read_bytes() == b"mine\n"
+
+    def refused(path):
+        raise UserError(f"{path}: cannot be read as a file (Permission denied)")
+
+    monkeypatch.setattr("torchcdm.training.run_folder.read_bytes", refused)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot be read as a file"):
+        cut_metrics(path, 4)
+    assert path.read_text() == "mine\n"
+
+
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
     append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")})
     write_json(tmp_path / "report.json", {"values": [1.0, float("inf")]})

@@ -76,16 +76,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; those that a crash cut short or that hold something else are left out."""
     lines = []
     with suppress(UserError):
-        for line in read_bytes(path).decode(errors="replace").splitlines():
-            with suppress(ValueError, RecursionError):
-                values = parse_json(line)
-                numbers = isinstance(values, dict) and all(isinstance(v, int | float | None) for v in values.values())
-                lines += [values] if numbers and type(values.get("step")) is int else []
+        lines += filter(None, map(_numbers, read_bytes(path).splitlines()))
     return lines
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Removes the lines after ``step``, which a resumed run writes again."""
+    """Removes the lines after ``step``, which a resumed run writes again, and one that a crash cut short. Others that
+    cannot be read stay; UserError where the whole file cannot."""
     if path.exists():
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+        *lines, rest = read_bytes(path).split(b"\n")
+        cut_short = rest.startswith(b"{") and not _numbers(rest)
+        lines += [rest] if rest and not cut_short else []
+        write_file(path, b"".join(line + b"\n" for line in lines if _numbers(line).get("step", step) <= step))
+
+
+def _numbers(line: bytes) -> dict[str, Any]:
+    """What a line of ``metrics.jsonl`` holds; nothing where it cannot be read."""
+    with suppress(ValueError, RecursionError):
+        values = parse_json(line.decode(errors="replace"))
+        numbers = isinstance(values, dict) and all(isinstance(v, int | float | None) for v in values.values())
+        if numbers and type(values.get("step")) is int:
+            return values
+    return {}
