@@ -51,6 +51,16 @@ def test_training_sees_random_crops_and_other_splits_fixed_ones(folder):
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(np.uint8, 1), (np.uint16, 4), (np.float32, 4)])
+def test_memory_of_crops_is_counted_in_bytes(tmp_path, monkeypatch, dtype, size):
+    for k in range(10):
+        np.save(tmp_path / f"{k}.npy", np.random.default_rng(k).integers(0, 200, (6, 20, 20)).astype(dtype))
+    total = 10 * 6 * 20 * 20 * size
+    for limit, held in ((total - 1, 0), (total, 10)):
+        monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", limit)
+        assert len(load_data(f"folder:{tmp_path}", crop=(8, 8)).train.held) == held
+
+
 class Levels:
     model = torch.nn.Linear(1, 1)
 

@@ -144,7 +144,9 @@ class CropSplit(LazySplit):
     """
 
     def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
-        total = sum(4 * height * width for height, width in images.values())  # channels, at most
+        first = [read(path) for path in list(images)[:1]]  # all have its channels and its type
+        pixels = sum(height * width for height, width in images.values())
+        total = sum(pixels * len(image) * image.element_size() for image in first)
         self.held = {path: read(path) for path in images} if total <= MEMORY_LIMIT else {}
         places = {path: places_of(size, crop) for path, size in images.items()}
         counts = torch.tensor([len(found) for found in places.values()], dtype=torch.long)
