@@ -52,6 +52,27 @@ def test_a_class_that_is_a_text_has_one_number_in_all_splits(monkeypatch):
         assert y.tolist() == [names[parts["train"].columns["label"][k]] for k in x[:, 0, 0, 0].tolist()]
 
 
+@pytest.mark.parametrize("names", [None, ["cat", "dog"]])
+def test_hidden_labels_of_a_test_split_are_none(monkeypatch, names):
+    def rows(labels):
+        pictures = [{"bytes": png(np.full((1, 4, 4), k, np.uint8)), "path": None} for k in range(len(labels))]
+        found = Rows(image=pictures, label=labels)
+        found.features["label"] = types.SimpleNamespace(**({} if names is None else {"names": names}))
+        return found
+
+    parts = {"train": rows([0, 1] * 6), "validation": rows([1, 0]), "test": rows([-1] * 4)}
+    library = {"load_dataset": lambda name, config: parts, "Image": lambda decode: None}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(**library))
+    source = load_data("hf:some/name")
+    assert source.class_names == tuple(names or ("0", "1")) and source.train.labels.tolist() == [0, 1] * 6
+    assert source.validation.labels.tolist() == [1, 0] and source.test.labels.tolist() == [-1] * 4
+    parts["test"] = rows([-2] * 4)
+    with pytest.raises(UserError, match="label -2 of sample 14 is out of range"):
+        load_data("hf:some/name")
+    parts = {"train": rows([-1] * 12)}
+    assert load_data("hf:some/name").class_names == (None if names is None else tuple(names))
+
+
 @pytest.fixture
 def datasets(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchcdm.data.images import channels_first, conform
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import Grid, MemorySplit, Samples, single
+from torchcdm.data.source import NO_LABEL, Grid, MemorySplit, Samples, single
 from torchcdm.errors import UserError, reason
 from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
@@ -154,14 +154,15 @@ def convert_images(x: Tensor, grid: Grid | None, options: DataOptions) -> Tensor
 
 
 def read_labels(
-    y: Any, sizes: Sequence[int], name: str, class_names: Sequence[str] | None = None, by_value: bool = False
-) -> tuple[list[Tensor | None], tuple[str, ...] | None]:
+    y: Any, sizes: Sequence[int], name: str, class_names: Sequence[str] | None = None, by_value: bool = False,
+    hidden: bool = False,
+) -> tuple[list[Tensor | None], tuple[str, ...] | None]:  # fmt: skip
     """Labels as long tensors, one for each part of the data of these ``sizes``, and the names of the classes.
 
     ``y`` holds whole numbers 0 ... classes - 1, or texts, one part after the other; None where there are no labels.
     Texts that occur are the classes in rising order, and with ``by_value`` so are whole numbers, unless
-    ``class_names`` are known. UserError for a label that is missing or out of range, another number of labels than
-    samples, or nearly as many classes as samples.
+    ``class_names`` are known. With ``hidden``, -1 stands for no label. UserError for a label that is missing or out
+    of range, another number of labels than samples, or nearly as many classes as samples.
     """
     count = sum(sizes)
     if y is None:
@@ -187,9 +188,9 @@ def read_labels(
             raise UserError(f"{name}: {len(values)} classes in {count} rows; is the label an identifier?")
         class_names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in values]
     y, limit = y.astype(np.int64), count if class_names is None else len(class_names)
-    wrong = np.flatnonzero((y < 0) | (y >= limit))
+    wrong = np.flatnonzero((y < (NO_LABEL if hidden else 0)) | (y >= limit))
     if len(wrong):
         label = f"{y[wrong[0]]} of sample {wrong[0]}"
         raise UserError(f"{name}: label {label} is out of range; classes are numbered 0 ... {limit - 1}")
     names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else class_names
-    return list(torch.from_numpy(y).split(list(sizes))), tuple(names)
+    return list(torch.from_numpy(y).split(list(sizes))), tuple(names) or None

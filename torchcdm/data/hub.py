@@ -58,7 +58,8 @@ def _images(name: str, rows: dict[str, Any], column: str, options: DataOptions) 
     sizes = [len(part) for part in rows.values()]
     # All splits together: a class must have one number, also where a split has none of it.
     values = None if label is None else [value for part in rows.values() for value in part[label][:]]
-    labels, class_names = read_labels(values, sizes, name, getattr(features.get(label), "names", None))
+    names = getattr(features.get(label), "names", None)
+    labels, class_names = read_labels(values, sizes, name, names, hidden=True)  # as those of many test splits are
     parts: dict[str, Split] = {}
     for (split, place), size, y in zip(places.items(), sizes, labels, strict=True):
         lazy = LazySplit(partial(_image, *place), range(size), y, f"{name}, {split}: row ", like)
