@@ -33,6 +33,13 @@ def count(text: str) -> int:
     raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1 to {10**9}")
 
 
+def output(text: str) -> Path:
+    """The path of a file or a folder to write; - is the terminal for ``--json`` alone."""
+    if text in ("", "-"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no name of a file or a folder; give one, such as ./name")
+    return Path(text)
+
+
 SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "model": ("model MODEL", "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME", {}),
     "paths": ("paths PATH", "images, folders, .npy, .npz, tables; data units", {"nargs": "+"}),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import Parser, add, add_command, count
+from torchcdm.cli.arguments import Parser, add, add_command, count, output
 
 SHORT = {
     "data": ("data.spec", "SPEC", "digits, folder:PATH, array:FILE, table:FILE, toy:NAME ..."),
@@ -37,7 +37,7 @@ def _models(command: Callable[..., Parser]) -> None:
     parser = command("training:train", "train a model from a preset or a YAML file", example, "skip-bad device")
     add(parser, "preset PRESET", "see cdm presets", nargs="?")
     add(parser, "--config FILE", "YAML file instead of, or on top of, a preset")
-    add(parser, "--out RUN", "folder of the run", required=True)
+    add(parser, "--out RUN", "folder of the run", output, required=True)
     for name, (_, metavar, text) in SHORT.items():
         add(parser, f"--{name} {metavar}", text)
     add(parser, "--compile", "torch.compile", bool)
@@ -52,7 +52,7 @@ def _models(command: Callable[..., Parser]) -> None:
     example = "cdm convert cifar10.pt runs/published --preset cifar10"
     parser = command("training:convert", "a checkpoint of the published CDM code as a run", example)
     add(parser, "checkpoint OFFICIAL.pt", None, Path)
-    add(parser, "out RUN", None, Path)
+    add(parser, "out RUN", None, output)
     what = parser.add_mutually_exclusive_group(required=True)
     add(what, "--config FILE", "YAML file with the model and the data of the training")
     add(what, "--preset PRESET", "cifar10, cifar10-uniform, celeba64 ...")
@@ -89,7 +89,7 @@ def _sampling(command: Callable[..., Parser]) -> None:
     add(parser, "--corrector N", "accepted Langevin moves after each step (0; 1 of particles and compositions)", int)
     add(parser, "--particles N", "weighted particles, at least --n: exact for composed densities", int, default=0)
     add(parser, "--format", "what to write", default="grid", choices=("grid", "images", "array", "all"))
-    add(parser, "--out DIR", None, Path, required=True)
+    add(parser, "--out DIR", None, output, required=True)
 
     what = "images from a part of them, a blurred or a smaller one: posterior samples"
     example = "cdm restore zoo:digits half.png --mask upper.png --noise-std 2 --out restored"
@@ -101,7 +101,8 @@ def _sampling(command: Callable[..., Parser]) -> None:
     add(parser, "--noise-std S", "deviation of the noise of PATH, data units; not known by default", float)
     add(parser, "--n", "draws of each", count, default=64)
     add(parser, "--particles N", "weighted particles that they are drawn from, at least --n", count, default=512)
-    add(parser, "--out DIR", "for means, widths of 90 %% credible intervals, draws, restored.csv", Path, required=True)
+    what = "for means, widths of 90 %% credible intervals, draws, restored.csv"
+    add(parser, "--out DIR", what, output, required=True)
 
 
 def _measuring(command: Callable[..., Parser]) -> None:
@@ -130,9 +131,9 @@ def _scoring(command: Callable[..., Parser]) -> None:
     add(parser, "--fpr P", "share of normal inputs to flag (0.05, or what the reference is enough for)", float)
     add(parser, "--reference PATH", "normal data that RUN was not trained on (its validation split)", nargs="+")
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
-    add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", Path)
-    add(parser, "--plot FILE", "histogram of the scores, a PNG", Path)
-    add(parser, "--maps DIR", "a PNG for each image: beside it, where it is not what is normal", Path)
+    add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", output)
+    add(parser, "--plot FILE", "histogram of the scores, a PNG", output)
+    add(parser, "--maps DIR", "a PNG for each image: beside it, where it is not what is normal", output)
     add(parser, "--engine", "or workers on Ray, for what no memory holds", default="local", choices=("local", "ray"))
     add(parser, "--workers N", "workers on Ray; one for each GPU or core", count)
 
@@ -146,7 +147,7 @@ def _scoring(command: Callable[..., Parser]) -> None:
     add(strength, "--level T", "noise of this level", int)
     add(strength, "--noise-std S", "noise of this deviation, data units, where all values share a scale", float)
     noise = "level and noise_std of each input, for tables the share of each column's own deviation, noise_ratio"
-    add(parser, "--out DIR", f"for the clean data, and noise.csv: {noise}", Path, required=True)
+    add(parser, "--out DIR", f"for the clean data, and noise.csv: {noise}", output, required=True)
 
 
 def _comparing(command: Callable[..., Parser]) -> None:
@@ -161,8 +162,8 @@ def _comparing(command: Callable[..., Parser]) -> None:
     add(parser, "--size HxW", "images are resized to this")
     add(parser, "--channels N", "images are converted to so many channels", int)
     add(parser, "--steps N", "most training steps", int)
-    add(parser, "--csv FILE", "log ratio, weight and flag of every sample", Path)
-    add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", Path)
+    add(parser, "--csv FILE", "log ratio, weight and flag of every sample", output)
+    add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", output)
     add(parser, "--test", "also test whether the two sets differ, by permutations", bool)
 
     what, example = "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv"
