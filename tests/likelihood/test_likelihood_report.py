@@ -142,6 +142,26 @@ def test_the_spread_is_freed_of_the_probes(monkeypatch):
     assert result.gap.sd < raw
 
 
+def test_the_error_of_the_steps_is_that_of_all_classes():
+    # The path of a narrow class is bent, that of the wide one is nearly that of the base.
+    means, schedule = torch.tensor([[-3.0, 0.0], [3.0, 0.0]]), UniformSigmaSchedule(40)
+    mixture = GaussianMixture(torch.ones(2), means, torch.tensor([1e-3, 1.0]), torch.arange(2))
+    model = ClassificationDiffusion(MixtureClassifier(mixture, schedule), schedule, DataTransform((2,)))
+    x, y = mixture.sample_labelled(400, rng(1))
+    x = x[y.argsort()]
+    notes = [report(model, part, None, Scoring(steps=8), ("flow",)).notes[0] for part in (x, x.flip(0))]
+    first, last = (float(re.search(r"of its mean ([\d.]+) from the steps", note)[1]) for note in notes)
+    assert first > 0.01 and 0.7 < first / last < 1.4
+
+
+def test_probes_are_those_of_the_sample_wherever_it_stands():
+    schedule = UniformSigmaSchedule(12)
+    network = torch.nn.Sequential(torch.nn.Linear(18, 14), torch.nn.Tanh())
+    model = ClassificationDiffusion(network, schedule, DataTransform((18,)))
+    solver, z, some = FlowSolver(model), normal(9, 18).float(), [2, 5, 8]
+    torch.testing.assert_close(solver.log_prob(z[some], index=some).log_prob, solver.log_prob(z).log_prob[some])
+
+
 def test_data_on_a_grid_are_scored_where_the_noise_is_half_a_bin():
     schedule = UniformSigmaSchedule(20)
     model, cells, log_probs = lattice_model(schedule)

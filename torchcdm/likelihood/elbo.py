@@ -72,8 +72,9 @@ def elbo(
         prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
         diffusion = torch.zeros_like(change)
         for k, ends in enumerate(strata):
+            numbers = range(rows.start, rows.stop)
             t = draw_rows(
-                batch.seed, ("strata", k), rows, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
+                batch.seed, ("strata", k), numbers, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
             ).to(x_0.device)
             diffusion = diffusion + (ends[1] - ends[0]) * kernels.kl(x_0 - noisy(t, 1 + k)[1], t)
         x_t, mean = noisy(level, 0)

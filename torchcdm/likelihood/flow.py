@@ -8,6 +8,7 @@ w, where only what is not Gaussian moves, and only its divergence needs probes; 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import final
@@ -105,11 +106,15 @@ class FlowSolver:
         self.levels = [level + (i * span + steps // 2) // steps for i in range(steps + 1)]
         self.nfe = 2 * steps + 1
 
-    def log_prob(self, x_t: Tensor, y: Tensor | None = None) -> FlowResult:
-        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,)."""
+    def log_prob(self, x_t: Tensor, y: Tensor | None = None, index: Sequence[int] | None = None) -> FlowResult:
+        """log density of inputs ``x_t`` (N, *shape) at the first level, model units; ``y`` are classes, long (N,).
+
+        The probes of a sample are those of its ``index``, 0 ... N - 1 when None.
+        """
+        index = range(len(x_t)) if index is None else index
 
         def follow(rows: slice) -> tuple[Tensor, ...]:
-            return self._rise(x_t[rows], labels_of(y, rows, x_t.device), rows)
+            return self._rise(x_t[rows], labels_of(y, rows, x_t.device), index[rows])
 
         path, one_pass, probe_gap = in_batches(self.denoiser, x_t, follow, self.scoring.batch_size)
         flat = x_t.double()
@@ -117,13 +122,13 @@ class FlowSolver:
         kl = float(self.reference.start_kl(a * flat, b).mean())
         return FlowResult(self.levels, path.T, one_pass.T, probe_gap, kl)
 
-    def _rise(self, x_t: Tensor, y: Tensor | None, rows: slice) -> tuple[Tensor, ...]:
+    def _rise(self, x_t: Tensor, y: Tensor | None, index: Sequence[int]) -> tuple[Tensor, ...]:
         """log density by flow and by one pass, (B, levels) each, and the gap of the probe halves, (B,)."""
         # Heun in the angle atan(r): finite at both ends, close to r where the noise is low. The divergence is
         # summed by the trapezoidal rule along the path itself, so that the predictor's end needs none.
         t, angle = self.levels[0], torch.atan(self.schedule.ratio)
         w = self.reference.rotation(x_t.double() / self.schedule.alpha[t] - self.reference.mean) / self._scale(t)
-        slope, divergence, log_p = self._slope_and_divergence(w, t, y, rows)
+        slope, divergence, log_p = self._slope_and_divergence(w, t, y, index)
         # Of both halves of the probes, (2, B).
         totals, one_pass = [torch.zeros_like(divergence)], [log_p]
         for t, s in pairwise(self.levels):
@@ -132,7 +137,7 @@ class FlowSolver:
             ahead = self._in_angle(self.denoiser.denoise(x_s, s, y).eps - self.reference.eps(x_s, s), s)
             w = w + step / 2 * (slope + ahead)
             before = divergence
-            slope, divergence, log_p = self._slope_and_divergence(w, s, y, rows)
+            slope, divergence, log_p = self._slope_and_divergence(w, s, y, index)
             totals.append(totals[-1] + step / 2 * (before + divergence))
             one_pass.append(log_p)
         rest, start, d = (totals[-1] - torch.stack(totals)).mean(1), log_normal(w).sum(1), w.shape[1]
@@ -149,7 +154,9 @@ class FlowSolver:
         u = self.reference.mean + self.reference.rotation.inverse(w * self._scale(t))
         return self.schedule.alpha[t] * u
 
-    def _slope_and_divergence(self, w: Tensor, t: int, y: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _slope_and_divergence(
+        self, w: Tensor, t: int, y: Tensor | None, index: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dw/d(angle), (B, d), its divergence by either half of the probes, (2, B), and log p by one pass, (B,)."""
         density, log_p = self.denoiser.density, w.new_full((len(w),), math.nan)
         with torch.enable_grad():
@@ -167,7 +174,7 @@ class FlowSolver:
                 probes = [unit.reshape(1, *x.shape[1:]).expand_as(x) for unit in units]
             else:
                 # Random signs, drawn anew for each sample and level.
-                signs = draw_rows(seed, ("probes", t), rows, lambda i, g: torch.randint(0, 2, shape, generator=g))
+                signs = draw_rows(seed, ("probes", t), index, lambda i, g: torch.randint(0, 2, shape, generator=g))
                 probes = list((2.0 * signs - 1).to(x).movedim(1, 0))
             traces = []
             for i, probe in enumerate(probes):

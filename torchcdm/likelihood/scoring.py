@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -86,16 +86,18 @@ def scoring_level(model: Denoiser, times: float = 1.0) -> int:
     return min(int((ratio >= times * least).double().argmax()) + 1, max(1, model.schedule.T - 1))
 
 
-def draw_rows(seed: int, purpose: tuple[Any, ...], rows: slice, draw: Callable[[int, Generator], Tensor]) -> Tensor:
+def draw_rows(
+    seed: int, purpose: tuple[Any, ...], rows: Sequence[int], draw: Callable[[int, Generator], Tensor]
+) -> Tensor:
     """``draw(index, generator)`` for each sample, stacked (B, ...), by the generators of (seed, purpose, index)."""
-    return torch.stack([draw(i, stream(seed, *purpose, i)) for i in range(rows.start, rows.stop)])
+    return torch.stack([draw(i, stream(seed, *purpose, i)) for i in rows])
 
 
 def dithered(transform: DataTransform, x: Tensor, seed: int, first: int = 0) -> Tensor:
     """Samples ``x`` (B, *shape), numbered from ``first``, with noise over their cells where discrete; float64."""
     if not transform.dequantize:
         return x.double()
-    rows = slice(first, first + len(x))
+    rows = range(first, first + len(x))
     noisy = draw_rows(seed, ("dequantise",), rows, lambda i, g: transform.add_noise(x[i - first].cpu().double(), g))
     return noisy.to(x.device)
 
@@ -111,8 +113,8 @@ class ScoredBatch:
 
     def noise(self, *purpose: str | int, kind: Callable[..., Tensor] = torch.randn) -> Tensor:
         """Standard normal noise, or that of another ``kind``, float64 (B, *shape)."""
-        shape = self.x.shape[1:]
-        drawn = draw_rows(self.seed, purpose, self.rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
+        shape, rows = self.x.shape[1:], range(self.rows.start, self.rows.stop)
+        drawn = draw_rows(self.seed, purpose, rows, lambda i, g: kind(shape, generator=g, dtype=torch.float64))
         return drawn.to(self.x.device)
 
     def clean(self) -> tuple[Tensor, Tensor]:
