@@ -129,15 +129,16 @@ class CDMConditional(DensityEstimator):
             x: (N, q), or one row, (q,) or (1, q), for all.
             together: Whether all M rows of x are observations of one theta, independent given it: log p(theta | x_1
                 ... x_M) = sum_m log p(theta | x_m) - (M - 1) log p(theta), less a constant that is not known.
-            prior: p(theta), for these: what has ``log_prob``, as distributions of torch and sbi, of tensors (N, p); or
-                ``score_samples``, such as a :class:`CDMDensity` of training's theta. Where it has no mass the result
-                is -inf; not ``together``, it is unchanged elsewhere: its integral is the share of draws inside.
+            prior: p(theta), needed for several together: what has ``log_prob``, as distributions of torch and sbi, of
+                tensors (N, p); or ``score_samples``, such as a :class:`CDMDensity` of training's theta. Where it has
+                no mass the result is -inf; of single observations it is unchanged elsewhere: its integral is the
+                share of draws inside.
         """
         check_is_fitted(self)
         found = self.columns_.encode(data_frame(theta, "theta", like=self.columns_), "theta")
         theta, x = found.x, self._observations(x)
         rows, times = len(theta), len(x) if together else 1
-        less = self._log_prior(prior, theta, 1 - times).numpy() if together or prior is not None else 0.0
+        less = self._log_prior(prior, theta, 1 - times).numpy() if times > 1 or prior is not None else 0.0
         if together:
             theta, x = theta.repeat(times, 1), x.repeat_interleave(rows, 0)
         if len(x) not in (1, len(theta)):
@@ -167,19 +168,19 @@ class CDMConditional(DensityEstimator):
             random_state: Seed; the estimator's own when None.
             together: Whether all rows of x are observations of one theta, as in :meth:`log_prob`: draws by particles,
                 whose weights and moves correct what a sum of the denoisers gets wrong (:mod:`torchcdm.compose`).
-            prior: p(theta), for these. The gradient of a ``log_prob`` is used where there is one. Not ``together``,
-                draws where it has no mass are drawn again, as sbi's ``DirectPosterior`` does.
+            prior: p(theta), needed for several together. The gradient of a ``log_prob`` is used where there is one.
+                Given single observations those where it has no mass are drawn again, as by sbi's ``DirectPosterior``.
         """
         check_is_fitted(self)
         read_as(Count, n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
         context = self._context(self._observations(x))
         centre = torch.from_numpy(self._centre(context))
-        if together:
+        if together and len(context) > 1:
             return self._drawn_together(n, context, centre, prior, self._seed(random_state))
         centre, y = (part.repeat_interleave(n, 0) for part in (centre, torch.from_numpy(context)))
         theta = self._decoded(self._codes_given(y, centre, prior, self._state(random_state), n))
-        if one:
+        if one or together:
             return theta
         if not self._framed:
             return theta.reshape(len(theta) // n, n, -1)
