@@ -14,10 +14,11 @@ from torchcdm.models.density import DensityModel
 from torchcdm.networks.heads import at_least_float32
 from torchcdm.random import stream
 from torchcdm.units import DataTransform
+from torchcdm.units.float64 import Float64Module
 
 
 @final
-class ClassificationDiffusion(DensityModel):
+class ClassificationDiffusion(Float64Module, DensityModel):
     """A classifier of noise levels, read as a density at every level (identities 1 to 4).
 
     The backbone's output h corrects a base density that is known in closed form at every level:

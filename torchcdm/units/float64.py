@@ -6,7 +6,7 @@ from torch import nn
 
 
 class Float64Module(nn.Module):
-    """Its own buffers follow ``.to(device)`` but stay float64 under ``.half()`` or ``.to(dtype)``.
+    """Its own buffers follow ``.to(device)`` but stay float64, or what they are, under ``.half()`` or ``.to(dtype)``.
 
     Schedules, scalings and covariances hold constants whose rounding would show in a log-likelihood, which is a
     small difference of sums over thousands of terms.
