@@ -96,6 +96,9 @@ def test_what_is_needed():
     model, _ = plane((0.0, 0.0))
     with pytest.raises(UserError, match="one like data: give some"):
         log_normalizer(model, restricted=True)
+    # What is usual of all classes says nothing of one.
+    with pytest.raises(UserError, match="y is given, but a restricted density is one of all classes; leave y out"):
+        log_normalizer(model, torch.zeros(20, 2), 0, restricted=True)
 
 
 class Pixels(torch.nn.Module):

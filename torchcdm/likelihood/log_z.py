@@ -251,7 +251,7 @@ def log_normalizer(
     Args:
         model: Put into evaluation mode meanwhile.
         x: Held-out data, data units (N, *shape), N at least 1.
-        y: A class, for the normaliser of log p(x|y); None for the unconditional density.
+        y: A class, for the normaliser of log p(x|y), not ``restricted``; None for the unconditional density.
         scoring: Level 1 ... T - 1, seed and batch size.
         sweeps: Sweeps that count, at least 4, after up to as many that do not. While their estimate is doubted, as
             many as have counted so far follow in their place, up to :data:`LONGEST` times ``sweeps`` in all. Each
@@ -267,6 +267,8 @@ def log_normalizer(
     """
     model, training = require_density(model, "log Z"), x if training is None else training
     held, usual = (None if part is None else as_data(model, part, None, scoring)[0] for part in (x, training))
+    if restricted and y is not None:
+        raise UserError("y is given, but a restricted density is one of all classes; leave y out")
     if restricted and usual is None:
         raise UserError("a restricted density is one like data: give some")
     target = ModelTarget(model, y, scoring.batch_size)
