@@ -4,17 +4,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import multivariate_normal, norm
 
+from torchcdm.apps.ratio.classifiers import MEMBERS
 from torchcdm.apps.ratio.dependence import (
     VARIATES,
     Canonical,
+    Towers,
     canonical,
     estimates,
     normal_scores,
     products,
     significant,
     strangers,
+    towers,
     turned,
 )
 
@@ -122,3 +126,20 @@ def test_every_row_is_judged_by_models_that_have_not_seen_it():
         difference = pairs[:, k].mean() - others[:, k].mean()
         error = (pairs[:, k].var() / 400 + others[:, k].var() / 800) ** 0.5
         assert abs(difference) <= 4 * error
+
+
+def test_towers_read_some_rows_at_a_time(monkeypatch):
+    """All rows of a large table at once would take gigabytes."""
+    read, forward = [], Towers.forward
+    x, y = (torch.from_numpy(side).float().expand(MEMBERS, -1, -1) for side in correlated(10_000, 3))
+
+    def counting(networks, x, y):
+        read.append(x.shape[1])
+        return forward(networks, x, y)
+
+    monkeypatch.setattr(Towers, "forward", counting)
+    found = towers(x, y, 2, 0, math.inf)
+    monkeypatch.undo()
+    assert max(read) < 5000 and sum(read[-3:]) == 10_000
+    log_ratio = found[1](np.array([0, 9_999]), np.array([4_999, 0]))
+    assert log_ratio.shape == (2,) and np.isfinite(log_ratio).all() and log_ratio[0] != log_ratio[1]

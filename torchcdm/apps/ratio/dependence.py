@@ -21,6 +21,7 @@ from torch.nn.functional import softplus
 from torchcdm.apps.ratio.classifiers import LAYERS, MEMBERS, WIDTH, Networks, folds, train
 from torchcdm.apps.ratio.coordinates import unmixing
 from torchcdm.random import derive, stream
+from torchcdm.runtime.processes import map_rows
 
 STEPS, RATE, DECAY, RANK = 600, 5e-3, 0.5, 16
 """Most steps of the networks, their largest rate, weight decay, and products in their log ratio."""
@@ -163,9 +164,14 @@ def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[Lo
         return 0.5 * (softplus(-own).mean(1) + strangers / (own.shape[1] * (own.shape[1] - 1)))
 
     train(networks, losses, x.shape[1], stream(seed, "towers", 1), steps, RATE, DECAY, until)
-    with torch.no_grad():
-        f, g = (part.double().cpu().numpy() for part in networks(x, y))
-    return [lambda rows, partners, k=k: (f[k][rows] * g[k][partners]).sum(1) for k in range(MEMBERS)]
+
+    @torch.no_grad()
+    def of_rows(rows: slice) -> tuple[Tensor, ...]:
+        return tuple(part.transpose(0, 1) for part in networks(x[:, rows], y[:, rows]))
+
+    f, g = map_rows(of_rows, x.shape[1], dim=x.shape[2] + y.shape[2], device=x.device)
+    f, g = (part.double().cpu().numpy() for part in (f, g))
+    return [lambda rows, partners, k=k: (f[rows, k] * g[partners, k]).sum(1) for k in range(MEMBERS)]
 
 
 def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed: int, until: float) -> LogRatio:
