@@ -204,7 +204,7 @@ def test_mistakes(capsys, tmp_path, run, queries):
     assert "unknown anomaly score 'level'; did you mean 'levels'" in refuse(capsys, run, queries, "--score", "level")
     assert "fpr is 2.0; it must be less than 1" in refuse(capsys, run, queries, "--fpr", "2")
     assert "fpr is nan; it must be" in refuse(capsys, run, queries, "--fpr", "nan")
-    assert "a folder lies there" in refuse(capsys, run, queries, "--csv", "")
+    assert "argument --csv: '' is no name of a file" in refuse(capsys, run, queries, "--csv", "")
     assert "is one of the inputs, or among them; choose another file" in refuse(capsys, run, queries, "--csv", queries)
     assert "100 held-out normal samples cannot calibrate" in refuse(capsys, run, queries, "--fpr", "0.001")
     assert "no such file or folder" in refuse(capsys, run, tmp_path / "none.npy")
