@@ -52,7 +52,7 @@ def baselines(source: DataSource, test: Tensor) -> list[Baseline]:
 
 
 def training_arrays(source: DataSource, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation samples, at most :data:`LARGEST_COUNT` each: dequantised, model units, (N, d)."""
+    """Training and validation samples, at most ``LARGEST_COUNT`` each: dequantised, model units, (N, d)."""
     parts = (split.tensors(LARGEST_COUNT)[0].double() for split in (source.train, source.validation))
     encoded = (source.transform.encode(x, stream(seed, "dequantise", i)) for i, x in enumerate(parts))
     train, validation = (z.flatten(1).numpy() for z in encoded)

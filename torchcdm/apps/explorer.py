@@ -68,7 +68,7 @@ class Explorer:
 
     @cached_property
     def normal_profiles(self) -> Tensor:
-        """Quantiles :data:`BAND` of log p at every level among normal data, (3, T+2)."""
+        """Quantiles ``BAND`` of log p at every level among normal data, (3, T+2)."""
         return level_profile(self.model, self.reference).quantile(torch.tensor(BAND).double(), 0)
 
     # --- inputs ----------------------------------------------------------------------------------------------------

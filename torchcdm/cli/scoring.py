@@ -86,7 +86,7 @@ def score(options: argparse.Namespace) -> None:
 
 
 def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """Rows to a CSV file as they come; the columns :data:`KEPT` of all, and the names of the most anomalous by row."""
+    """Rows to a CSV file as they come; the columns ``KEPT`` of all, and the names of the most anomalous by row."""
     kept: dict[str, list[Any]] = {name: [] for name in KEPT}
     names, said, row = dict[int, str](), set(), 0
     with written(Path(os.devnull) if path is None else path, text=True) as file:

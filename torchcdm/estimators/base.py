@@ -344,7 +344,7 @@ def data_frame(
 
     Columns ``like`` those of the fit go by name; by their place where the fit or the table has no names. ``check`` is
     ``validate_data`` of an estimator, for what is no data frame, or ``check_array``, and then a vector is one column:
-    their ValueError and TypeError. UserError for no rows, fewer than :data:`SMALLEST_TABLE` to fit, or another number
+    their ValueError and TypeError. UserError for no rows, fewer than ``SMALLEST_TABLE`` to fit, or another number
     of columns without names.
     """
     import pandas as pd

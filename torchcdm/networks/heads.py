@@ -113,7 +113,7 @@ class CumulativeHead(Head):
 class JointHead(Head):
     """h_{y,t} for all classes at once: a part common to the classes plus a smooth part for each (identity 10).
 
-    Both accumulate from the noise end, so all classes agree at level T+1. The class part lives on :data:`CLASS_KNOTS`
+    Both accumulate from the noise end, so all classes agree at level T+1. The class part lives on ``CLASS_KNOTS``
     levels. Arguments as in :class:`CumulativeHead`.
     """
 

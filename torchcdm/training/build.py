@@ -107,7 +107,7 @@ def base_in_words(config: ModelConfig) -> str:
 
 def base_samples(source: DataSource, flip: bool, least: int = 50_000) -> tuple[Tensor, Tensor]:
     """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels; of
-    large data as many as :data:`GAUSSIAN_NUMBERS` says, but the ``least`` in any case."""
+    large data as many as ``GAUSSIAN_NUMBERS`` says, but the ``least`` in any case."""
     x, y = source.train.tensors(max(least, GAUSSIAN_NUMBERS // source.transform.dim))
     z = source.transform.encode(x, stream(0, "base density"))
     return (torch.cat([z, z.flip(-1)]), torch.cat([y, y])) if flip else (z, y)

@@ -65,7 +65,7 @@ def calibrate_levels(
     Each half of the samples, (N, *shape) in data units, which the model was not trained on, is scored with the
     constants of the other half first: where that does not lower the cross-entropy, the samples are too few to tell,
     and the model stays as it is. The ``copies`` are spread over samples and levels; at least one of each sample, and
-    :data:`FEWEST_COPIES` of each level. UserError for log probabilities that are not finite. Gives the cross-entropy
+    ``FEWEST_COPIES`` of each level. UserError for log probabilities that are not finite. Gives the cross-entropy
     on the halves, before and with the constants of the other half, and what log p_0 has gained at every input, nats.
     """
     draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))

@@ -19,7 +19,7 @@ from torchcdm.apps.anomaly.scores import as_samples, by_batches
 from torchcdm.data.outputs import png, sheet, to_bytes
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.random import stream
+from torchcdm.random import normal, stream
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
@@ -76,7 +76,7 @@ class AnomalyMap:
         def of(z: Tensor) -> Tensor:
             z = z if model.transform is None else model.transform(z)
             pairs, found = 2 if z.ndim == 4 else 4, []
-            half = torch.randn(pairs, *z.shape[1:], generator=stream(0, "maps"), dtype=torch.float64).to(z)
+            half = normal((pairs, *z.shape[1:]), stream(0, "maps"), z.device).to(z.dtype)
             for t in levels:
                 x_0 = [model.denoise(schedule.perturb(z, t, eps), t).x0 for eps in (*half, *-half)]
                 found.append((torch.stack(x_0).mean(0) - z).double())

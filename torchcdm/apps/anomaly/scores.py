@@ -90,7 +90,7 @@ def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> 
 
 
 def coarse_level(schedule: NoiseSchedule) -> int:
-    """The first level whose noise-to-signal ratio is at least :data:`COARSE_NOISE`; the last where none is."""
+    """The first level whose noise-to-signal ratio is at least ``COARSE_NOISE``; the last where none is."""
     return min(1 + int(torch.searchsorted(schedule.ratio[1:-1], COARSE_NOISE)), schedule.T)
 
 

@@ -25,7 +25,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) 
     as well: a classifier that tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
 
     Of the estimates at samples of the numerator, (N, C), and of the denominator, (M, C). To be ``proven``, the blend
-    has to gain :data:`ERRORS` on the first estimate, in the place of the prior.
+    has to gain ``ERRORS`` on the first estimate, in the place of the prior.
     """
     count = numerator.shape[1]
     plain = np.eye(count + 1)[0]

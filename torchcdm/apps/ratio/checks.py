@@ -56,7 +56,7 @@ def balanced(weights: np.ndarray, x: np.ndarray, target: np.ndarray) -> np.ndarr
     """Weights (N,) times exp(x a), mean 1, whose weighted means of ``x`` (N, d) are those of ``target`` (M, d).
 
     Entropy balancing (Hainmueller, 2012): of all weights with these means those nearest to the given ones. Columns end
-    at :data:`WITHIN`, so that no row far out is tilted away, and the prior of ``a`` gives way where no weights have
+    at ``WITHIN``, so that no row far out is tilted away, and the prior of ``a`` gives way where no weights have
     the means.
     """
     scale = target.std(axis=0)

@@ -45,7 +45,7 @@ LogRatio = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def strangers(rows: np.ndarray) -> list[np.ndarray]:
-    """Other rows in the place of each, :data:`STRANGERS` times."""
+    """Other rows in the place of each, ``STRANGERS`` times."""
     return [np.roll(rows, 1 + k + k * len(rows) // STRANGERS) for k in range(STRANGERS)]
 
 
