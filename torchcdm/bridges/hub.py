@@ -26,8 +26,6 @@ ROWS = {
 }  # fmt: skip
 """Rows of a likelihood report as a card names them."""
 
-LIMIT = "Nothing makes exp(log p) integrate to one; `cdm nll MODEL --methods single,flow,logz` measures it."
-
 
 def push(model: str | Path | Denoiser, repository: str, private: bool = False) -> str:
     """Uploads weights, settings, a card, and log Z where ``cdm nll`` has kept it; see ``hf auth login``.
@@ -85,40 +83,19 @@ def model_card(
     ``description`` is one line; ``data`` what it was trained on, with the licence; ``report`` the ``report.json`` of
     its run, with numbers; ``limits`` what it is not for, a sentence each; ``use`` what ``torchcdm.load`` takes.
     """
-    model, shape = info.model, "x".join(map(str, info.transform.shape))
-    nll = (report or {}).get("nll")
-    fields = (("description", description), ("reaches", _reaches(nll) if nll else ""))
-    parts = ["---\nlicense: mit\nlibrary_name: torchcdm"]
-    parts += ["tags: [density-estimation, diffusion, classification-diffusion]"]
-    parts += [*(f'{key}: "{value}"' for key, value in fields if value), f"---\n\n# {title}\n"]
-    about = f"{description}. " if description else ""
-    kind = "classification diffusion model" if model.kind == "cdm" else "plain denoising diffusion model"
-    parts += [
-        f"{about}A {kind} of {shape} inputs: network `{model.backbone.name}` with {parameters:,} weights, schedule "
-        f"`{model.schedule.name}` with {model.schedule.T} levels, labels `{model.labels}`.",
-        f'\n```python\nimport torchcdm\n\nmodel = torchcdm.load("{use}")',
-        "x = model.sample(16)                 # in the units of the data",
-        *(["log_p = model.log_prob(x)            # nats, one forward pass"] if model.kind == "cdm" else []),
-        "```\n\n## Data\n",
-        data or f"{info.data.spec or 'not recorded'}. The licence of the data is not recorded.",
-        "",
-    ]
+    jinja2, nll, rows = needed("jinja2", "hub", "the card of a model"), (report or {}).get("nll"), []
     if nll:
-        count, split = nll["data"]["count"], nll["data"]["split"]
-        parts += ["## Numbers", "", f"{count} {split} samples, negative log-likelihood, lower is better.", ""]
-        parts += [f"| likelihood | {nll['unit']} | s.e. |", "|---|---|---|"]
         rows = [row | {"name": ROWS[row["name"]]} for row in nll["rows"] if row["name"] in ROWS]
         others = sorted(report["baselines"], key=lambda other: other["value"])
         rows += [other | {"name": f"{other['name']} (not this model)"} for other in others]
-        rows = [row for row in rows if row["value"] is not None]
-        numbers = ((row["name"], row["value"], math.nan if row["se"] is None else row["se"]) for row in rows)
-        parts += ["| {} | {:.3f} | {:.3f} |".format(*row) for row in numbers]
-        # Without log Z there is nothing to believe or not.
-        believed = f"Is one pass to be believed: {'yes' if nll['believe'] else 'no'}. {nll['why']}"
-        unknown = "Log Z was not estimated: one pass has no verdict."
-        parts += ["", believed if nll.get("log2_z_per_dim") else unknown, ""]
-    parts += ["## Limits", "", *(f"- {limit}" for limit in (*limits, LIMIT)), ""]
-    return "\n".join(parts)
+    texts = {"title": title, "use": use, "description": description, "reaches": _reaches(nll) if nll else ""}
+    texts["data"] = data or f"{info.data.spec or 'not recorded'}. The licence of the data is not recorded."
+    about = {"model": info.model, "cdm": info.model.kind == "cdm", "weights": f"{parameters:,}", "limits": limits}
+    about |= {"shape": "x".join(map(str, info.transform.shape)), "nll": nll}
+    about["rows"] = [row for row in rows if row["value"] is not None]
+    text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    layout = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return layout.from_string(text).render(texts | about)
 
 
 def _reaches(nll: Mapping[str, Any]) -> str:
