@@ -319,9 +319,9 @@ def test_damaged_files_are_refused(ratio, tmp_path):
         resealed(folder / "config.json", change)
         return folder
 
-    with pytest.raises(UserError, match="holds no density ratio"):
+    with pytest.raises(UserError, match="holds no trained model"):
         DensityRatio.load(tmp_path)
-    with pytest.raises(UserError, match="holds no density ratio, but a run"):
+    with pytest.raises(UserError, match="holds a run, no DensityRatio; load it by torchcdm.load"):
         DensityRatio.load(located("zoo:two-moons"))
     with pytest.raises(UserError, match="format version 99"):
         DensityRatio.load(with_content(lambda content: content.update({"format": 99})))

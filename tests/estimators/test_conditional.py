@@ -238,7 +238,7 @@ def test_the_random_state_decides_all_and_files_give_the_same_scores(tmp_path):
     assert np.array_equal(loaded.log_prob(theta, x), fitted.log_prob(theta, x))
     assert np.array_equal(loaded.sample(4, x.iloc[:2]), fitted.sample(4, x.iloc[:2]))
     assert loaded.get_params() == fitted.get_params() and loaded.notes_ == fitted.notes_
-    with pytest.raises(UserError, match="holds a CDMConditional; load it with that class"):
+    with pytest.raises(UserError, match="holds a CDMConditional, no CDMDensity; load it by CDMConditional.load"):
         CDMDensity.load(tmp_path / "saved")
 
 

@@ -44,6 +44,14 @@ def table(n=80, seed=0):
     return pd.DataFrame(x + [1e9, 0, -7], columns=["time", "level", "flow"])
 
 
+def test_copies_of_a_row_are_all_held_out_or_all_trained_on():
+    frame = pd.concat([table(40)] * 3, ignore_index=True)
+    for kind, given in ((CDMDensity, (frame,)), (CDMOutlierDetector, (frame,)), (CDMConditional, (frame, frame))):
+        held_out = kind(**TINY).fit(*given).validation_indices_
+        rows = np.setdiff1d(np.arange(120), held_out)
+        assert not set(held_out % 40) & set(rows % 40), kind.__name__
+
+
 def test_max_seconds_counts_the_choice_of_the_mixture(monkeypatch):
     # A clock that every look moves by a second, and every choice by twenty.
     seconds, choose = 0.0, estimators_base.best_start
@@ -266,7 +274,7 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     assert not list((tmp_path / "saved").glob("*.p*k*l*"))
     assert isinstance(torchcdm.load(tmp_path / "saved"), torchcdm.ClassificationDiffusion)
     wrong = CDMDensity if kind is CDMOutlierDetector else CDMOutlierDetector
-    with pytest.raises(UserError, match=f"holds a {kind.__name__}; load it with that class"):
+    with pytest.raises(UserError, match=f"holds a {kind.__name__}, no .*; load it by {kind.__name__}.load"):
         wrong.load(tmp_path / "saved")
     write_artefact(tmp_path / "run" / "config.json", "run", {}, {"model.safetensors": {}})
     with pytest.raises(UserError, match="holds a run, which this would replace"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from torchcdm.data import tables
 from torchcdm.data.inputs import Inputs, check_range, read_inputs, read_table
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import DataSource, Grid, MemorySplit, single
+from torchcdm.data.source import DataSource, Grid, MemorySplit, single, split_rows
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.frames import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
-from torchcdm.units.lattice import Cells, Discrete, spread
+from torchcdm.units.lattice import Discrete, by_chance, spread
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -69,9 +69,8 @@ def pair_up(
     values, table, transform, notes = read_pair(numerator, denominator, options, discrete)
     counts, warp = (len(values[0]), len(values[1])), None
     fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
-    cut = [_cut(x, {} if table is None else table.cells, fraction, options.seed) for x in values]
-    if min(len(rows) for _, rows in cut) < 2:
-        raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
+    cells = {} if table is None else table.cells
+    cut = [split_rows(x, by_chance(x, cells), fraction, options.seed) for x in values]
     # Both as long as the longer one, the shorter one repeated.
     longest = [max(map(len, pair)) for pair in zip(*cut, strict=True)]
     held, kept = ([part[k][torch.arange(n) % len(part[k])] for part in cut] for k, n in enumerate(longest))
@@ -123,18 +122,6 @@ def read_pair(
     else:
         values, table, notes = _coded(sides, names, discrete)
     return values, table, transform, notes
-
-
-def _cut(x: Tensor, cells: Mapping[int, Cells], fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows that are held out, and rows to train on, in a random order: all copies of a row are on one side. Rows of
-    nothing but values with ``cells`` come back by chance, and are no copies once these are spread."""
-    order, seen = permutation(len(x), seed), dict[int, int]()
-    rows = x[order] + 0.0  # no -0.0
-    first = torch.tensor([seen.setdefault(hash(row.tobytes()), k) for k, row in enumerate(rows.numpy())])
-    by_chance = (spread(rows, torch.zeros(()), cells) != rows).flatten(1).all(1)
-    first = torch.where(by_chance, torch.arange(len(x)), first)
-    last = first.sort().values[max(2, round(fraction * len(x))) - 1]
-    return order[first <= last], order[first > last]
 
 
 def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, options: DataOptions) -> Inputs:

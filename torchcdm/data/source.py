@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from torchcdm.data.options import DataOptions
 from torchcdm.errors import UserError, nearest
-from torchcdm.random import evenly_spaced
+from torchcdm.random import evenly_spaced, permutation
 from torchcdm.units import DataTransform, TableEncoding
 
 MEMORY_LIMIT = 512 * 2**20  # bytes up to which a data set that lies in files is read into memory when it is loaded
@@ -245,6 +245,20 @@ class Samples:
     class_names: tuple[str, ...] | None = None
     table: TableEncoding | None = None
     notes: tuple[str, ...] = ()
+
+
+def split_rows(x: Tensor, alone: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of ``x`` (N, ...) that are held out, two at least, and those to train on, in a random order. Copies of one
+    are on one side, unless they are ``alone``, bool (N,). UserError where fewer than two are left."""
+    order, seen = permutation(len(x), seed), dict[int, int]()
+    rows = x[order] + 0.0  # no -0.0
+    first = torch.tensor([seen.setdefault(hash(row.tobytes()), k) for k, row in enumerate(rows.numpy())])
+    first = torch.where(alone[order], torch.arange(len(x)), first)
+    last = first.sort().values[max(2, round(fraction * len(x))) - 1]
+    held_out, kept = order[first <= last], order[first > last]
+    if len(kept) < 2:
+        raise UserError(f"validation_fraction is {fraction}, which leaves nothing to train on; lower it")
+    return held_out, kept
 
 
 def renumbered(source: DataSource, names: Sequence[str]) -> DataSource:

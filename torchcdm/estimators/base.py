@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,26 +22,27 @@ from torch import Tensor
 from typing_extensions import Self
 
 from torchcdm.annealing.target import in_batches
-from torchcdm.apps.fitted import Readers, plain_fields, restore, restoring
+from torchcdm.apps.fitted import Readers, described, description, restore, restoring
 from torchcdm.compose import sample
 from torchcdm.data import DataSource, MemorySplit
 from torchcdm.data.arrays import as_array
+from torchcdm.data.source import split_rows
 from torchcdm.diffusion.mixture import FIT_ROWS
 from torchcdm.diffusion.start import Start, best_start
 from torchcdm.errors import UserError, warn
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
-from torchcdm.random import permutation, stream
+from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Positive, ProperShare, Rate, Width, read_as
-from torchcdm.training.checkpoint import ModelInfo, load, read_info, save
+from torchcdm.training.checkpoint import ModelInfo, load, save
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.frames import as_frame, by_place, is_frame, noted, without_counter
-from torchcdm.units.lattice import Discrete, spread
+from torchcdm.units.lattice import Discrete, by_chance, spread
 from torchcdm.units.table import Encoded
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class TableEstimator(BaseEstimator):
     _saved |= {"columns_": partial(read_as, TableEncoding), "validation_indices_": np.array}
     _saved |= {"_noise": partial(torch.tensor, dtype=torch.float64)}
     """What was fitted beside the model."""
+    _conditional: ClassVar[bool] = False
 
     preset: str = "table"
     steps: Count | None = None
@@ -133,11 +135,16 @@ class TableEstimator(BaseEstimator):
         if self.verbose:
             print(*notes, sep="\n")
 
-    def _split_rows(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of training and of validation, at random."""
-        held_out = min(max(2, round(self.validation_fraction * rows)), rows - 2)
-        order = permutation(rows, seed).numpy()
-        return order[held_out:], order[:held_out]
+    def _split_rows(self, codes: Tensor, seed: int, given: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of training and of validation, at random; copies of a row, with what is ``given`` it, are together."""
+        rows = codes if given is None else torch.cat([codes, given], 1)
+        share = min(self.validation_fraction, 1 - 2 / len(codes))  # two rows at least are for training
+        held_out, train = split_rows(rows, self._alone(codes), share, seed)
+        return train.numpy(), held_out.numpy()
+
+    def _alone(self, codes: Tensor) -> Tensor:
+        """Rows that are no copies of others, though these may be equal, (N,)."""
+        return by_chance(codes, self.columns_.cells)
 
     def _train(
         self, parts: Sequence[Tensor], contexts: Sequence[np.ndarray] | None, rows: int, seed: int, began: float
@@ -148,8 +155,8 @@ class TableEstimator(BaseEstimator):
         is counted from where the clock stood when it ``began``.
         """
         self._noise = noise_draws(self.columns_, seed)
-        fields = self._fields(rows, contexts is not None)
-        transform, parts, start = self._best_start(*parts, contexts is None, fields["model"])
+        fields = self._fields(rows)
+        transform, parts, start = self._best_start(*parts, fields["model"])
         given = [None, None] if contexts is None else [torch.from_numpy(part).float() for part in contexts]
         learned, watched = (MemorySplit(part, context) for part, context in zip(parts, given, strict=True))
         # The validation loss has one noisy copy of each row: with few rows it would choose by luck.
@@ -165,30 +172,30 @@ class TableEstimator(BaseEstimator):
             config = replace(config, train=replace(config.train, max_seconds=left))
         model = trained(config, source, self.device, bool(self.verbose), clock=self.clock)
         model = require_density(model, "an estimator")
-        transform.table = self.columns_ if self._framed and contexts is None else None
+        transform.table = self.columns_ if self._framed and not self._conditional else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
         self.model_ = model.double()
         self._info: ModelInfo = replace(model.info, transform=transform)
 
     def _best_start(
-        self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any], bent: bool = True
+        self, train: Tensor, validation: Tensor, given: dict[str, Any], bent: bool = True
     ) -> tuple[ColumnTransform, list[Tensor], Start]:
-        """The transform of the columns, those with ``cells`` by histogram, the rows in its units, and a base density.
+        """The transform of the columns, those with cells by histogram, the rows in its units, and a base density.
 
         Continuous columns are bent near a normal, and go by histogram where their density has steps, unless held-out
         rows are more probable otherwise: bending takes the ellipses from columns whose tails are heavy together. Not
         ``bent``, they are scaled alone.
         """
         # Residuals of a regression lie on no values.
-        table = self.columns_ if cells else TableEncoding.numbers(range(train.shape[1]))
+        cells = {} if self._conditional else self.columns_.cells
         # Without copies of the same row, and no more than a start counts: all candidates see the same rows.
         rows = len(self.validation_indices_)
         counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
 
         def candidate(step: bool, bent: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
             # They come dequantised: the transform must not add noise a second time.
-            transform = ColumnTransform.fit(train, table.cells, bent, dequantize=False, step=step)
+            transform = ColumnTransform.fit(train, cells, bent, dequantize=False, step=step)
             # In float64 here and not by the model in training: a column may have any offset.
             parts = [transform(x).float() for x in (train, validation)]
             start = best_start(parts[0], parts[1][counted], given={"gaussian": True} | given)
@@ -199,24 +206,24 @@ class TableEstimator(BaseEstimator):
             found.append(candidate(step=False, bent=True))
         return max(found, key=lambda trial: trial[0])[1:]
 
-    def _check(self, conditional: bool = False) -> None:
+    def _check(self) -> None:
         """Refuses wrong parameters before anything is read."""
         read_as(type(self), self.get_params(deep=False))
         for path, _ in paths(override_fields(self.overrides or {})):
             if path.startswith(UNUSED):
                 raise UserError(f"overrides: {path} has no effect on an estimator; leave it out")
-        make_config(preset_fields(self.preset), override_fields(self._fields(SMALL, conditional)))
+        make_config(preset_fields(self.preset), override_fields(self._fields(SMALL)))
 
-    def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
+    def _sized(self, rows: int) -> dict[str, Any]:
         """What the number of training rows changes in a preset for vectors. Small tables are overfit within some
         hundred steps; larger ones, and densities far from their start, take no dropout, and faster steps. Given x,
         steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct.
         """
         if rows <= SMALL:
-            return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if conditional else {}
+            return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if self._conditional else {}
         backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
         train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
-        if conditional and rows < LARGE:
+        if self._conditional and rows < LARGE:
             backbone = {"width": 64, "depth": 2, "dropout": 0.05}
             return {"model": {"components": 1, "backbone": backbone}, "train": train | {"lr": 5e-3, "steps": 3000}}
         if rows >= LARGE:
@@ -224,7 +231,7 @@ class TableEstimator(BaseEstimator):
             train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
         return {"model": {"backbone": backbone}, "train": train}
 
-    def _fields(self, rows: int, conditional: bool) -> dict[str, Any]:
+    def _fields(self, rows: int) -> dict[str, Any]:
         """The configuration on top of the preset."""
 
         def given(*names: str) -> dict[str, Any]:
@@ -232,7 +239,7 @@ class TableEstimator(BaseEstimator):
 
         model = {"backbone": given("width", "depth", "dropout"), **given("components")}
         train = given("steps", "batch_size", "lr", "patience", "max_seconds")
-        return merge(merge(self._sized(rows, conditional), {"model": model, "train": train}), self.overrides or {})
+        return merge(merge(self._sized(rows), {"model": model, "train": train}), self.overrides or {})
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as safetensors and JSON; ``torchcdm.load(folder)`` gives its model.
@@ -241,17 +248,12 @@ class TableEstimator(BaseEstimator):
         file that cannot be written, or a folder that holds a run or files of another origin.
         """
         check_is_fitted(self)
-        params, fitted = plain_fields(self, self.get_params()), plain_fields(self, self._saved)
-        content = {"kind": type(self).__name__, "params": params, "fitted": fitted}
-        save(self.model_, folder, replace(self._info, estimator=content))
+        save(self.model_, folder, described(self, self.get_params(), self._info))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
         """A saved estimator; UserError where there is none of this class, or files are damaged."""
-        info = read_info(folder)
-        held = (info.estimator or {}).get("kind", "run")
-        if held != cls.__name__:
-            raise UserError(f"{folder}: holds a {held}; load it with that class, not {cls.__name__}")
+        info = description(folder, cls)
         with restoring(RunFolder(folder).model_info):
             self = cls(**info.estimator["params"])
             restore(self, self._saved, info.estimator["fitted"], ["feature_names_in_"])
@@ -264,6 +266,10 @@ class TableEstimator(BaseEstimator):
     def _noisy(self, codes: Tensor) -> Iterator[Tensor]:
         """Codes (N, kept) under each draw of the dequantisation noise."""
         return (spread(codes, noise, self.columns_.cells) for noise in self._noise)
+
+    def _over_draws(self, function: Callable[[Tensor], Tensor], codes: Tensor) -> np.ndarray:
+        """Mean of a function of codes (N, kept), (N,), over the draws of the dequantisation noise."""
+        return torch.stack([function(rows) for rows in self._noisy(codes)]).mean(0).numpy()
 
     def _draws(self, n: int, random_state: Any, y: Tensor | None = None) -> Tensor:
         """Codes that the model draws, float64 (n, kept)."""
@@ -292,8 +298,11 @@ class DensityEstimator(TableEstimator):
     share_: ClassVar[float] = 1.0  # of what the network adds to its start, so much counts in one pass
     likelihood: Likelihood = "one-pass"
 
-    def _log_density(self, found: Encoded, draws: Iterable[Tensor], context: np.ndarray | None = None) -> np.ndarray:
-        """Mean of log p over ``draws`` of the same rows with other noise, (N, kept) each, given contexts (N, q).
+    def _log_density(
+        self, found: Encoded, codes: Tensor, seen: Callable[[Tensor], Tensor], context: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Mean of log p, over draws of the noise, of what is ``seen`` of the codes that were ``found``, or of as many
+        times these, (N, kept), given contexts (N, q).
 
         The flow's is the normalised density at level 1: that of data blurred by a hundredth of a column's deviation.
         """
@@ -320,7 +329,7 @@ class DensityEstimator(TableEstimator):
                 log_p = log_p + transform.dim * float(alpha.log()) + transform.log_det(z)
             return log_p.masked_fill(far[:, 0], -torch.inf).cpu()
 
-        return torch.stack([in_batches(model, rows, partial(one, rows)) for rows in draws]).mean(0).numpy()
+        return self._over_draws(lambda rows: in_batches(model, rows, partial(one, seen(rows))), codes)
 
 
 def noisy_copies(table: TableEncoding, codes: Tensor, seed: int, part: int = 0) -> Tensor:

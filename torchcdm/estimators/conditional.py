@@ -68,6 +68,7 @@ class CDMConditional(DensityEstimator):
         >>> draws = posterior.sample(1000, x_observed)
     """
 
+    _conditional = True
     _saved: ClassVar = TableEstimator._saved | {"x_columns_": partial(read_as, TableEncoding)}
     _saved |= dict.fromkeys(("_units", "_x_units"), transform_from_config)
     _saved |= {"_centre": lambda parts: SmoothRegression(*map(np.array, parts)), "_normalizer": np.array}
@@ -79,7 +80,7 @@ class CDMConditional(DensityEstimator):
         Tables and errors as of :meth:`CDMDensity.fit`, and ValueError for parts of other lengths.
         """
         with all_or_nothing(self):
-            self._check(conditional=True)
+            self._check()
             self._framed = is_frame(theta)
             frames = [data_frame(part, name) for part, name in ((theta, "theta"), (x, "x"))]
             check_consistent_length(*frames)
@@ -88,7 +89,7 @@ class CDMConditional(DensityEstimator):
             self.columns_ = self._describe(frames[0], "theta")
             self.x_columns_ = self._describe(frames[1], "x", has_density=False)
             theta, x = self.columns_.encode(frames[0], "theta").x, self.x_columns_.encode(frames[1], "x").x
-            split = train, self.validation_indices_ = self._split_rows(len(theta), seed)
+            split = train, self.validation_indices_ = self._split_rows(theta, seed, x)
             copies = [noisy_copies(self.columns_, theta[rows], seed, k) for k, rows in enumerate(split)]
             values, most = enumerate(np.unique(column) for column in x[train].T), len(train) / REPEATED
             repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in values if 1 < len(found) <= most}
@@ -148,10 +149,8 @@ class CDMConditional(DensityEstimator):
         log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
         centre = torch.from_numpy(self._centre(context))
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
-        draws = list(self._noisy(theta))
-        log_det = torch.stack([self._units.log_det(rows) for rows in draws]).mean(0)
-        residuals = [self._units(rows) - centre for rows in draws]
-        log_p = self._log_density(found, residuals, context) + log_det.numpy() - log_z
+        log_p = self._log_density(found, theta, lambda rows: self._units(rows) - centre, context)
+        log_p += self._over_draws(self._units.log_det, theta) - log_z
         return log_p.reshape(times, rows).sum(0) + less
 
     def score(self, theta: Any, x: Any) -> float:

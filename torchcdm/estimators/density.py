@@ -55,7 +55,7 @@ class TableDensity(TableEstimator):
             seed = self._seed()
             self.columns_ = self._describe(frame, "the table")
             codes = self.columns_.encode(frame, "the table").x
-            train, self.validation_indices_ = self._split_rows(len(codes), seed)
+            train, self.validation_indices_ = self._split_rows(codes, seed)
             held_out = codes[self.validation_indices_]
             parts = [noisy_copies(self.columns_, part, seed, k) for k, part in enumerate((codes[train], held_out))]
             self._train(parts, None, len(train), seed, self.clock())
@@ -103,7 +103,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         cells and values that come back, a density of all other numbers. Constant columns have no part in it.
         """
         found = self._encoded(X)
-        log_p = self._log_density(found, self._noisy(found.x))
+        log_p = self._log_density(found, found.x, lambda rows: rows)
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" else log_p
 
     @torch.no_grad()

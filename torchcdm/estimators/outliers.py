@@ -81,17 +81,21 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         # Under the noise of the robust score values that come back need no cells.
         return super()._describe(frame, name, has_density and self.contamination == "auto")
 
-    def _sized(self, rows: int, conditional: bool) -> dict[str, Any]:
-        fields = super()._sized(rows, conditional)
+    def _alone(self, codes: Tensor) -> Tensor:
+        # Without cells no row is known to come back by chance; and one step learns none by heart.
+        return super()._alone(codes) | (self.contamination != "auto")
+
+    def _sized(self, rows: int) -> dict[str, Any]:
+        fields = super()._sized(rows)
         # To a density with that much noise the network adds nothing.
         return fields if self.contamination == "auto" else merge(fields, {"train": {"steps": 1}})
 
     def _best_start(
-        self, train: Tensor, validation: Tensor, cells: bool, given: dict[str, Any], bent: bool = True
+        self, train: Tensor, validation: Tensor, given: dict[str, Any], bent: bool = True
     ) -> tuple[ColumnTransform, list[Tensor], Start]:
         if self.contamination == "auto":
-            return super()._best_start(train, validation, cells, given, bent)
-        transform, parts, start = super()._best_start(train, validation, cells, given, bent=False)
+            return super()._best_start(train, validation, given, bent)
+        transform, parts, start = super()._best_start(train, validation, given, bent=False)
         density = KernelDensity(bandwidth=BANDWIDTH, rtol=1e-3).fit(parts[0][:DENSITY_ROWS])
         share = min(LONELY * self.contamination, 0.5)
         kept = (density.score_samples(part).argsort()[int(share * len(part)) :] for part in parts)
@@ -112,7 +116,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
 
     def _scores(self, codes: Tensor) -> np.ndarray:
-        return -torch.stack([self.detector_.score(rows) for rows in self._noisy(codes)]).mean(0).numpy()
+        return -self._over_draws(self.detector_.score, codes)
 
     def save(self, folder: str | Path) -> None:
         """Writes the estimator as :meth:`TableDensity.save` does, and what its score learned."""

@@ -109,7 +109,9 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mappi
     write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
-def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> None:
+def save(
+    model: Denoiser, path: str | Path, info: ModelInfo | None = None, **others: Mapping[str, Tensor]
+) -> None:
     """Writes a model as :func:`load` reads it: ``model.safetensors`` and ``config.json`` in a folder.
 
     Args:
@@ -117,6 +119,7 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
             for parts that cannot be saved.
         path: The folder; it is made. The model that it holds is replaced; UserError if it is one of a training.
         info: What is said of the model, if other than it knows itself.
+        **others: Further tensors, for files of these names.
     """
     if not isinstance(model, Denoiser):
         raise UserError(f"save: {type(model).__name__} is no model; give the model, then the folder")
@@ -124,7 +127,7 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None) -> No
     if run.config.exists() or run.states.exists():
         raise UserError(f"{path}: holds a training; choose another folder")
     with run.locked():
-        save_model(run, model, info or model.info or info_of(model))
+        save_model(run, model, info or model.info or info_of(model), **others)
 
 
 def info_of(model: Denoiser) -> ModelInfo:

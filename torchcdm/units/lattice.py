@@ -82,3 +82,8 @@ def spread(x: Tensor, position: Tensor, cells: Mapping[int, Cells]) -> Tensor:
             apart = (x[..., k, None] - torch.as_tensor(values).to(x)).abs().amin(-1)
             noisy[..., k] = torch.where(apart < 1e-3 * width, noisy[..., k], x[..., k])
     return noisy
+
+
+def by_chance(x: Tensor, cells: Mapping[int, Cells]) -> Tensor:
+    """Rows (N, ...) of nothing but values with a cell, (N,): they come back by chance, and are no copies if spread."""
+    return (spread(x, torch.zeros(()), cells) != x).flatten(1).all(1)

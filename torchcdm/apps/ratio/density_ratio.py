@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchcdm.apps.fitted import Readers, all_or_nothing, plain_fields, restore, restoring
+from torchcdm.apps.fitted import Readers, all_or_nothing, described, description, restore, restoring
 from torchcdm.apps.ratio import checks
 from torchcdm.apps.ratio.blending import blend, most
 from torchcdm.apps.ratio.checks import Calibration, effective_sample_size
@@ -32,7 +32,7 @@ from torchcdm.random import evenly_spaced, permutation
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
-from torchcdm.training.checkpoint import KINDS, load, save_model
+from torchcdm.training.checkpoint import KINDS, load, save
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained, usual_preset
 from torchcdm.training.run_folder import RunFolder
@@ -304,24 +304,16 @@ class DensityRatio:
         return two_sample_test(*self._data, permutations, random_state, self._options)
 
     def save(self, path: str | Path) -> None:
-        """Writes a folder: safetensors and JSON; UserError where it cannot be written, or nothing is fitted."""
+        """Writes a folder: safetensors and JSON; UserError where nothing is fitted, or as of :func:`torchcdm.save`."""
         self._check_fitted()
-        run, params, fitted = RunFolder(path), plain_fields(self, SETTINGS), plain_fields(self, self._saved)
-        info = replace(self._model.info, estimator={"kind": type(self).__name__, "params": params, "fitted": fitted})
         others = {} if self._classifiers is None else {"classifiers": self._classifiers.state_dict()}
-        with run.locked():
-            save_model(run, self._model, info, **others)
+        save(self._model, path, described(self, SETTINGS, self._model.info), **others)
 
     @classmethod
     def load(cls, path: str | Path, device: str | None = None) -> DensityRatio:
         """A ratio that :meth:`save` wrote; UserError of none, damaged files and those of another format version."""
-        file = RunFolder(path).model_info
-        if not file.is_file():
-            raise UserError(f"{path}: holds no density ratio ({file.name} is missing)")
-        content, (_, *tensors) = read_artefact(file, KINDS, None)
-        content = content.get("estimator") or {}
-        if content.get("kind") != cls.__name__:
-            raise UserError(f"{path}: holds no density ratio, but a {content.get('kind', 'run')}")
+        content, file = description(path, cls).estimator, RunFolder(path).model_info
+        _, *tensors = read_artefact(file, KINDS, None)[1]
         with restoring(file):
             params = content["params"]
             ratio = cls(**params.pop("overrides"), **params, device=device)
