@@ -56,9 +56,20 @@ def test_memory_of_crops_is_counted_in_bytes(tmp_path, monkeypatch, dtype, size)
     for k in range(10):
         np.save(tmp_path / f"{k}.npy", np.random.default_rng(k).integers(0, 200, (6, 20, 20)).astype(dtype))
     total = 10 * 6 * 20 * 20 * size
-    for limit, held in ((total - 1, 0), (total, 10)):
-        monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", limit)
-        assert len(load_data(f"folder:{tmp_path}", crop=(8, 8)).train.held) == held
+    for limit, held in ((total - 1, False), (total, True)):
+        monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", limit)
+        train = load_data(f"folder:{tmp_path}", crop=(8, 8)).train
+        assert (train.read(train.items[0][0]) is train.read(train.items[0][0])) == held
+
+
+def test_memory_of_crops_counts_all_splits(tmp_path, monkeypatch):
+    for split in ("train", "validation", "test"):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "0.npy", np.zeros((20, 20), np.uint8))
+    for limit, held in ((1199, False), (1200, True)):
+        monkeypatch.setattr("torchcdm.data.folders.MEMORY_LIMIT", limit)
+        train = load_data(f"folder:{tmp_path}", crop=(8, 8)).train
+        assert (train.read(train.items[0][0]) is train.read(train.items[0][0])) == held
 
 
 class Levels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from torchcdm.data.images import IMAGE, SUFFIXES, ImageInfo, convertible, describe, read_image
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import NO_LABEL, CropSplit, LazySplit, Samples
+from torchcdm.data.source import MEMORY_LIMIT, NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
 
 # What splits are called, here and on the Hub.
@@ -94,6 +95,10 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
         raise UserError(f"{strange[0]}: not in one of the class folders of the training images ({', '.join(names)})")
     info, good, more = inspect(list(above), options)
     read = partial(read_image, size=options.size, channels=options.channels)
+    if options.crop is not None:
+        one = read(next(iter(good)))  # all have its channels and its type
+        if sum(math.prod(image.size) for image in good.values()) * one[:, 0, 0].nbytes <= MEMORY_LIMIT:
+            read = {path: read(path) for path in good}.__getitem__
     splits = {}
     for split, part in files.items():
         kept = [path for path in part if path in good]

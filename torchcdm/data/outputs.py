@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_file, write_rows
+from torchcdm.runtime.files import write_file, write_rows, written
 from torchcdm.units import DataTransform
 
 GRID_GAP = 2  # pixels between the images of a grid
@@ -53,7 +53,8 @@ def save_images(
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
     paths = [Path(folder) / f"{name}{'.npy' if many else '.png'}" for name in names]
     for path, image in zip(paths, values, strict=True):
-        write_file(path, _packed(np.save, image) if many else png(image), flush=False)
+        with written(path, flush=False) as file:
+            np.save(file, image) if many else file.write(png(image))
     return paths
 
 
@@ -96,9 +97,11 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     """
     path, values = Path(path), _stored(x, transform)
     if path.suffix == ".npz":
-        write_file(path, _packed(np.savez, x=values, **({} if y is None else {"y": y.cpu().numpy()})))
+        with written(path) as file:
+            np.savez(file, x=values, **({} if y is None else {"y": y.cpu().numpy()}))
     elif path.suffix == ".npy" and y is None:
-        write_file(path, _packed(np.save, values))
+        with written(path) as file:
+            np.save(file, values)
     else:
         raise UserError(f"{path}: arrays are written as .npy, or with labels as .npz")
     return path
@@ -149,11 +152,4 @@ def png(image: np.ndarray) -> bytes:
     content = io.BytesIO()
     pixels = image[0] if len(image) == 1 else np.ascontiguousarray(np.moveaxis(image, 0, 2))
     Image.fromarray(pixels).save(content, format="png")
-    return content.getvalue()
-
-
-def _packed(save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> bytes:
-    """What ``np.save`` or ``np.savez`` writes."""
-    content = io.BytesIO()
-    save(content, *arrays, **named)
     return content.getvalue()

@@ -118,7 +118,7 @@ class LazySplit(Split):
 
     def in_memory_if_small(self, total: int) -> Split:
         """The samples in memory where ``total`` of them fit (``MEMORY_LIMIT``), else as they are."""
-        small = len(self) and total * self.like.nelement() * self.like.element_size() <= MEMORY_LIMIT
+        small = len(self) and total * self.like.nbytes <= MEMORY_LIMIT
         return MemorySplit(*self.tensors()) if small else self
 
     def _sample(self, item: Any) -> Tensor:
@@ -135,7 +135,7 @@ class CropSplit(LazySplit):
 
     Args:
         read: Gives the image of one path, data units, (C, H, W).
-        images: Size of the image of each path; those that are small together stay in memory.
+        images: Size of the image of each path.
         crop: Height and width of the crops.
         labels: Class of each image.
 
@@ -144,10 +144,6 @@ class CropSplit(LazySplit):
     """
 
     def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
-        first = [read(path) for path in list(images)[:1]]  # all have its channels and its type
-        pixels = sum(height * width for height, width in images.values())
-        total = sum(pixels * len(image) * image.element_size() for image in first)
-        self.held = {path: read(path) for path in images} if total <= MEMORY_LIMIT else {}
         places = {path: places_of(size, crop) for path, size in images.items()}
         counts = torch.tensor([len(found) for found in places.values()], dtype=torch.long)
         items = [(path, *place) for path, found in places.items() for place in found]
@@ -162,7 +158,7 @@ class CropSplit(LazySplit):
 
     def _sample(self, item: Any, place: Tensor | None = None) -> Tensor:
         (path, top, left), (height, width) = item, self.crop
-        image = self.held[path] if path in self.held else self.read(path)
+        image = self.read(path)
         if place is not None:
             free = torch.tensor([image.shape[1] - height + 1, image.shape[2] - width + 1])
             top, left = (place * free).long().tolist()

@@ -10,9 +10,9 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from torchcdm.data import DataSource, LazySplit, Split, flip_horizontally
+from torchcdm.data import DataSource, LazySplit, flip_horizontally
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import working_dtype
@@ -83,29 +83,19 @@ class Batches:
 
     def _samples(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Samples and labels of this process; read ahead by workers where the split is lazy."""
-        steps = (self._shown(step) for step in range(first, last))
         workers = self.workers if isinstance(self.split, LazySplit) else 0
-        # An item of this loader is a whole batch: the sampler hands over its indices.
-        for batch in DataLoader(_BatchReader(self.split), sampler=steps, batch_size=None, num_workers=workers):
+        # An item of this loader is a step, which a worker turns into its whole batch.
+        for batch in DataLoader(range(first, last), batch_size=None, collate_fn=self._read, num_workers=workers):
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
-    def _shown(self, step: int) -> tuple[Tensor, Tensor]:
-        """Samples of this process in a step, and places for crops in their images."""
+    def _read(self, step: int) -> tuple[Tensor, Tensor] | UserError:
+        """Samples of this process in a step, crops at random places of their images; or an error, which would leave a
+        worker with its traceback as text if it were raised."""
         indices = shown_at(step, len(self.split), self.batch_size, self.seed)
         places = torch.rand(self.batch_size, 2, generator=stream(self.seed, "crop", step))
-        return indices[self.mine], places[self.mine]
-
-
-class _BatchReader(Dataset):
-    """A split whose items are batches, or errors: one that is raised leaves a worker with its traceback as text."""
-
-    def __init__(self, split: Split) -> None:
-        self.split = split
-
-    def __getitem__(self, at: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | UserError:
         try:
-            return self.split.batch(*at)
+            return self.split.batch(indices[self.mine], places[self.mine])
         except UserError as error:
             return error
