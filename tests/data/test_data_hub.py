@@ -4,6 +4,7 @@ import sys
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -71,6 +72,29 @@ def test_hidden_labels_of_a_test_split_are_none(monkeypatch, names):
         load_data("hf:some/name")
     parts = {"train": rows([-1] * 12)}
     assert load_data("hf:some/name").class_names == (None if names is None else tuple(names))
+
+
+def test_hidden_labels_of_a_table_are_none(monkeypatch):
+    class Table(Rows):
+        def __len__(self):
+            return len(self.columns["a"])
+
+        def to_pandas(self):
+            return pd.DataFrame(self.columns)
+
+    def rows(labels, **features):
+        found = Table(a=np.arange(len(labels)) ** 0.5, kind=labels)
+        found.features |= features
+        return found
+
+    known = types.SimpleNamespace(names=["cat", "dog"])
+    parts = {"train": rows([0, 1] * 10, kind=known), "validation": rows([0, 1]), "test": rows([-1, -1, -1])}
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda name, config: parts))
+    source = load_data("hf:some/name", label="kind")
+    assert source.class_names == ("0", "1") and source.train.labels.tolist() == [0, 1] * 10
+    assert source.validation.labels.tolist() == [0, 1] and source.test.labels.tolist() == [-1] * 3
+    parts = {"train": rows([-1, 1] * 10)}  # numbers that are no classes of the library
+    assert load_data("hf:some/name", label="kind").class_names == ("-1", "1")
 
 
 @pytest.fixture

@@ -88,6 +88,16 @@ def test_what_is_compared_lies_where_the_model_does():
     assert outcome["values"]["gaussian"] < outcome["values"]["start"] < outcome["values"]["uniform"] + 1
 
 
+def test_the_comparison_shows_a_bar(capsys):
+    config = small_config()
+    source = load_source(config.data)
+    model = new_model(config.model, source, flip=False).eval()
+    compare(model, config, source, model.state_dict())
+    assert not capsys.readouterr().err
+    compare(model, config, source, model.state_dict(), progress=True)
+    assert "comparing models" in capsys.readouterr().err
+
+
 def named(unit="bits/dim", **values):
     values = {"model": 3.0, "training": 3.0, "start": 4.0, "gaussian": 4.0, "uniform": 8.0} | values
     return [problem["name"] for problem in problems(values, unit, 0.15, small_config())]

@@ -184,6 +184,8 @@ def read_labels(
         raise UserError(f"{name}: labels must be whole numbers 0, 1, ... or texts")
     if by_value and class_names is None:
         values, y = np.unique(y, return_inverse=True)
+        if hidden and values[0] == NO_LABEL:  # the least of the labels
+            values, y = values[1:], y + NO_LABEL
         if len(values) > max(2, count // 2):
             raise UserError(f"{name}: {len(values)} classes in {count} rows; is the label an identifier?")
         class_names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in values]

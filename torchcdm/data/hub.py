@@ -40,7 +40,8 @@ def load(argument: str, options: DataOptions, like: DataTransform | None = None)
     column = next((key for key, kind in rows["train"].features.items() if type(kind).__name__ == "Image"), None)
     if column is None or not len(rows["train"]):
         frames = {split: part.to_pandas() for split, part in rows.items()}
-        return tables.samples_of(frames, f"hf:{argument}", options, like=like)
+        hidden = hasattr(rows["train"].features.get(options.label), "names")  # -1 in a column of classes
+        return tables.samples_of(frames, f"hf:{argument}", options, like=like, hidden=hidden)
     # Not decoded: the library would open files of any format.
     rows = {split: part.cast_column(column, datasets.Image(decode=False)) for split, part in rows.items()}
     return _images(f"hf:{argument}", rows, column, options)

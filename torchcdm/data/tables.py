@@ -59,12 +59,14 @@ def read(path: Path, options: DataOptions, group: int | None = None) -> DataFram
 
 
 def samples_of(
-    parts: dict[str, DataFrame], name: str, options: DataOptions, labels: Any = None, like: DataTransform | None = None
-) -> Samples:
+    parts: dict[str, DataFrame], name: str, options: DataOptions, labels: Any = None,
+    like: DataTransform | None = None, hidden: bool = False,
+) -> Samples:  # fmt: skip
     """The codes of the columns; of those of a model that scores the data, where its transform ``like`` is given.
 
     ``parts`` are ``train``, and ``validation`` and ``test`` where they are apart; ``labels`` classes (N,) of ``train``
-    that are no column. UserError for columns that are not there, cells that cannot be read, or nothing that varies.
+    that are no column; with ``hidden``, -1 stands for none. UserError for columns that are not there, cells that
+    cannot be read, or nothing that varies.
     """
     frames = list(parts.values())
     if options.label is not None and (like is None or all(options.label in frame.columns for frame in frames)):
@@ -80,7 +82,7 @@ def samples_of(
         notes += [f"{len(whole)} rows, {len(table.kept)} columns: {', '.join(table.names)}.", *more]
     else:
         table = like.table or TableEncoding.numbers(whole.columns)
-    of_parts, class_names = read_labels(labels, list(map(len, frames)), name, by_value=True)
+    of_parts, class_names = read_labels(labels, list(map(len, frames)), name, by_value=True, hidden=hidden)
     pools, left_out = {}, 0
     for split, frame, y in zip(parts, frames, of_parts, strict=True):
         x, rows, _ = table.encode(frame, name, options.skip_bad)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
 from torchcdm.annealing.ratios import best_constants
 from torchcdm.compose.sampling import Draws, sample
@@ -90,37 +91,41 @@ def calibrate_levels(
 
 @torch.no_grad()
 def compare(
-    model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor]
-) -> dict[str, Any]:
+    model: ClassificationDiffusion, config: Config, source: DataSource, start: Mapping[str, Tensor],
+    progress: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """A trained model beside what it has to beat, by one pass on validation data.
 
     The ``unit``; ``values``, lower is better: of the trained ``model``, and of it in ``training``, of its ``start``,
     the weights that it began with, of one fitted ``gaussian``, of a ``uniform`` density on the data's range; what is
     ``kept``: ``model``, or ``start`` where the trained one was worse; and ``problems``, each with a ``name``, what it
-    ``says`` with the likely cause, and the ``mend``.
+    ``says`` with the likely cause, and the ``mend``. Shows a bar of the models for ``progress``.
     """
     limit = min(COMPARED, config.train.validation_samples)
     splits = {name: source.split(name).tensors(limit) for name in ("validation", "train")}
     labelled = labels_for(model, splits["validation"][1]) is not None
 
-    def scored(one: ClassificationDiffusion, name: str = "validation") -> Tensor:
-        x, labels = splits[name]
+    def scored(one: ClassificationDiffusion, split: str) -> Tensor:
+        x, labels = splits[split]
         # Clusters are known of training samples alone: with them these would seem learned by heart.
         y = labels_for(one, labels) if labelled else None
         return single_pass(one, x, y, Scoring(level=0)).values()
 
     begun = deepcopy(model)
     begun.load_state_dict(start)
-    values = {"model": scored(model), "training": scored(model, "train"), "start": scored(begun)}
+    compared = {"model": (model, "validation"), "training": (model, "train"), "start": (begun, "validation")}
     untouched = config.train.init is None and config.model.backbone.name != "custom"
-    if config.model.gaussian and config.model.components == 1 and not config.model.class_gaussians and untouched:
-        values["gaussian"] = values["start"]
-    elif not config.model.class_gaussians:
+    is_gaussian = config.model.gaussian and config.model.components == 1 and untouched  # at its start
+    if not (config.model.class_gaussians or is_gaussian):
         free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
         base = fit_gaussian(choose_base(free, source, config.data.flip), source, config.data.flip)
         nothing = nn.Sequential(nn.Flatten(), from_zero(nn.Linear(source.transform.dim, model.schedule.T + 2)))
         gaussian = ClassificationDiffusion(nothing.requires_grad_(False), base.schedule, model.transform, base)
-        values["gaussian"] = scored(gaussian.to(model.schedule.alpha.device))
+        compared["gaussian"] = (gaussian.to(model.schedule.alpha.device), "validation")
+    bar = tqdm(compared.items(), "comparing models", disable=not progress, leave=False)
+    values = {name: scored(*pair) for name, pair in bar}
+    if is_gaussian and not config.model.class_gaussians:
+        values["gaussian"] = values["start"]
     means = {name: float(value.mean()) for name, value in values.items()}
     means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
     unit = "nats" if source.transform.bin is None else "bits/dim"

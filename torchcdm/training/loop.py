@@ -315,7 +315,7 @@ class Trainer:
                 self.save_model()
             said = f"log p_0 {change:+.3f} nats" if change else "left as they were"
             self.say(f"constants of the levels: cross-entropy of held-out halves {before:.4f} -> {after:.4f}, {said}")
-        outcome = compare(model, config, source, self.start)
+        outcome = compare(model, config, source, self.start, self.progress)
         if outcome["kept"] == "start":
             self._report(outcome)  # before the weights are gone that it is about
             model.load_state_dict(self.start)
@@ -399,24 +399,17 @@ def signals() -> Iterator[list[int]]:
     """The first signal meanwhile that would end the process: SIGTERM, SIGINT or SIGHUP; a second has its usual effect.
     Ignored ones, as SIGHUP under nohup, stay so; outside the main thread, where Python takes no handlers, all do."""
     received: list[int] = []
-    before: dict[int, Any] = {}
+    with ExitStack() as before:
 
-    def remember(number: int, _: Any) -> None:
-        received.append(number)
-        restore()
+        def remember(number: int, _: Any) -> None:
+            received.append(number)
+            before.close()
 
-    def restore() -> None:
-        while before:
-            signal.signal(*before.popitem())
-
-    for name in ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is threading.main_thread() else ():
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, remember)
-    try:
+        for name in ("SIGTERM", "SIGINT", "SIGHUP") if threading.current_thread() is threading.main_thread() else ():
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before.callback(signal.signal, number, signal.signal(number, remember))
         yield received
-    finally:
-        restore()
 
 
 @final
