@@ -18,12 +18,10 @@ from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.precision import reduced_precision
 from torchcdm.runtime.validation import NotNegative, Share, SharePair, checked
 
-LARGEST_TIME_STEP = 0.75
-"""Levels whose neighbours lie further apart in log r are left out of the time term: their difference is no slope."""
-
+LARGEST_TIME_STEP = 0.75  # in log r: the difference of neighbours further apart is no slope for the time term
+# Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon) times the error of x_t:
+# 0.02 of it in float32, between a network's rounding and its curvature.
 DISPLACEMENT = 60.0
-"""Of the finite difference in the squared error's gradient, in units of sqrt(machine epsilon) times the error of x_t:
-0.02 of it in float32, between a network's rounding and its curvature."""
 
 Terms = dict[str, Tensor]
 """Loss terms by name, each (B,); ``loss`` is the one to average and minimise, and to differentiate."""

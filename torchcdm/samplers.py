@@ -313,18 +313,13 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
     return SAMPLERS[name]()
 
 
-PILOTS = 16
-"""Trajectories that go first, to place steps or to adapt moves."""
-
-FINE = 64
-"""Levels at most on which they are solved to place steps, and among which the steps are chosen."""
-
-FAR = 0.005
-"""Nats per value by which the Gaussian of a denoiser's moments may differ from its density where samples start."""
+PILOTS = 16  # trajectories that go first, to place steps or to adapt moves
+FINE = 64  # levels at most on which they are solved to place steps, and among which the steps are chosen
+FAR = 0.005  # nats a value by which the Gaussian of a denoiser's moments may differ from its density at the start
 
 
 def pilot_labels(y: Tensor | None) -> Tensor | None:
-    """Labels of :data:`PILOTS` trajectories that go first, spread over all different ones of ``y``; None for none."""
+    """Labels of ``PILOTS`` trajectories that go first, spread over all different ones of ``y``; None for none."""
     if y is None:
         return None
     known = y.unique(dim=0)
@@ -339,7 +334,7 @@ def adaptive_levels(
 
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
-    steps of least total cost. It takes :data:`FINE` evaluations of :data:`PILOTS` samples of event ``shape``. The same
+    steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
     model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
     where more are asked for than there are fine ones. A denoiser with moments starts below T, see
     :func:`gaussian_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
@@ -381,7 +376,7 @@ def gaussian_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y:
 
     The divergence of the two is the integral over log r, from much noise on, of the mean of |D - D_Gaussian|² / r²,
     D estimates of the data, over draws of the Gaussian, made of ``noise`` (B, *shape), as both obey the heat equation
-    (de Bruijn's identity). It is at most :data:`FAR` nats a value. A young denoiser is wrong where there is little to
+    (de Bruijn's identity). It is at most ``FAR`` nats a value. A young denoiser is wrong where there is little to
     know; so where the noise leaves no more than that much information along the moments' directions the Gaussian
     stays, whatever the denoiser says. 0 without moments.
     """

@@ -26,11 +26,8 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import normal, stream
 
-CALIBRATION_SAMPLES = 256
-"""Samples from which the variances are measured: each is then right within about a tenth."""
-
-MEASURED = 50
-"""Levels at which they are measured, at most."""
+CALIBRATION_SAMPLES = 256  # from which the variances are measured: each is then right within about a tenth
+MEASURED = 50  # levels at which they are measured, at most
 
 
 @final
@@ -50,7 +47,7 @@ class Kernels:
 
     @classmethod
     def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
-        """Variances measured on ``n`` samples at :data:`MEASURED` levels at most, by two evaluations of each at each.
+        """Variances measured on ``n`` samples at ``MEASURED`` levels at most, by two evaluations of each at each.
 
         Levels between these have the variances of the next one above.
         """

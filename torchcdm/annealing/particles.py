@@ -26,11 +26,9 @@ from torchcdm.errors import UserError
 from torchcdm.random import normal
 from torchcdm.runtime.processes import alone
 
-BEST_ACCEPTANCE = 0.57
-"""Of Langevin moves in many dimensions (Roberts and Rosenthal 1998)."""
-
+BEST_ACCEPTANCE = 0.57  # of Langevin moves in many dimensions (Roberts and Rosenthal 1998)
+# Step sizes in units of the squared scale of each direction; beyond 2 a move overshoots even a Gaussian.
 FIRST_STEP, SMALLEST_STEP, LARGEST_STEP = 0.5, 1e-3, 2.0
-"""Step sizes in units of the squared scale of each direction; beyond 2 a move overshoots even a Gaussian."""
 
 
 @dataclass
@@ -103,7 +101,7 @@ def chance(log_ratio: Tensor, generator: Generator) -> Tensor:
 
 
 def adapted(step: Tensor | float, accepted: Tensor | float) -> Tensor:
-    """The step size for the next move, towards :data:`BEST_ACCEPTANCE`; ``accepted`` the share of this one's."""
+    """The step size for the next move, towards ``BEST_ACCEPTANCE``; ``accepted`` the share of this one's."""
     change = torch.as_tensor(accepted, dtype=torch.float64) - BEST_ACCEPTANCE
     return (step * change.exp()).clamp(SMALLEST_STEP, LARGEST_STEP)
 

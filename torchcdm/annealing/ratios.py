@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-BISECTIONS, NEWTON_STEPS, CONVERGED = 60, 30, 1e-9
-"""Steps of the two solvers, and nats: Newton's method ends where a step gains less."""
+BISECTIONS, NEWTON_STEPS = 60, 30  # steps of the two solvers
+CONVERGED = 1e-9  # nats: Newton's method ends where a step gains less
 
 
 class Ratios(NamedTuple):

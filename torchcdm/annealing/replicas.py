@@ -23,15 +23,11 @@ from torchcdm.annealing.target import Target
 from torchcdm.random import normal
 from torchcdm.runtime.processes import alone
 
+# Largest deviation of the work between rungs, nats: as half of all swaps are accepted, replicas cross N rungs in the
+# fewest evaluations (Syed et al. 2022), about N² sweeps.
 SPACING = 1.3
-"""Largest deviation of the work between rungs, nats: as half of all swaps are accepted, replicas cross N rungs in the
-fewest evaluations (Syed et al. 2022), about N² sweeps."""
-
-FAMILY = 8
-"""Particles that come down for each column: columns that start in one population would not be independent."""
-
-KEPT_VALUES = 2**23
-"""Numbers kept for MBAR at most: states are thinned to so many."""
+FAMILY = 8  # particles that come down for each column: columns that start in one population would not be independent
+KEPT_VALUES = 2**23  # numbers kept for MBAR at most: states are thinned to so many
 
 
 class Ladder(NamedTuple):
@@ -46,9 +42,9 @@ class Ladder(NamedTuple):
 
 
 def ladder(target: Target, kernels: Kernels, level: int, columns: int, generator: Generator) -> Ladder:
-    """Rungs from ``level`` to T where particles came down in steps of works that deviate by :data:`SPACING`.
+    """Rungs from ``level`` to T where particles came down in steps of works that deviate by ``SPACING``.
 
-    Each of the ``columns`` has one point a rung, from :data:`FAMILY` particles that are resampled among themselves.
+    Each of the ``columns`` has one point a rung, from ``FAMILY`` particles that are resampled among themselves.
     """
     chosen = FAMILY * torch.arange(columns) + torch.randint(FAMILY, (columns,), generator=generator)
     rungs: list[tuple[int, float, Tensor]] = []

@@ -126,8 +126,8 @@ class ModelTarget(Target):
         return in_batches(self.model, x_t, part, self.batch_size)
 
 
-COMPARED, DISTANCE = 11, 6.0
-"""Rungs whose log gamma a fence looks at, at most, and the largest Mahalanobis distance of it that it lets in."""
+COMPARED = 11  # rungs whose log gamma a fence looks at, at most
+DISTANCE = 6.0  # the largest Mahalanobis distance of it that the fence lets in
 
 
 @dataclass(frozen=True)

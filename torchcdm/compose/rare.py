@@ -31,17 +31,10 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.random import normal, stream
 from torchcdm.runtime.validation import Count, Float, Seed, checked
 
-KEEP = 0.75
-"""Share of the particles above the next threshold."""
-
-LEAST = 1e-30
-"""Probabilities below are not looked for."""
-
-FORGET = 0.7
-"""Share of what jumps to a level have reached that is kept from one threshold to the next."""
-
-FEWEST_FAMILIES = 10
-"""Effective number of first particles, below which the interval is said to be unreliable."""
+KEEP = 0.75  # share of the particles above the next threshold
+LEAST = 1e-30  # probabilities below are not looked for
+FORGET = 0.7  # share of what jumps to a level have reached that is kept from one threshold to the next
+FEWEST_FAMILIES = 10  # effective number of first particles, below which the interval is said to be unreliable
 
 
 @final

@@ -33,18 +33,13 @@ from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, sha
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
-STEPS, SAMPLER, OF_VECTORS, WITH_MOVES = 25, "sa2", "dpm++", "ddpm"
-"""By default: steps, the sampler of images, that of vectors, whose columns may differ much in their deviations, and
-that of which each step is followed by a move, after which a multistep rule has no history."""
-
-ISLANDS, SMALL, LARGE = 8, 32, 256
-"""Populations at most, and particles in each at least: large ones of what is tilted, or all soon descend from one."""
-
-WORKS = 0.5
-"""Largest deviation of the works of one step of particles whose spacing is adaptive, nats."""
-
-COLLAPSE = 0.2
-"""Share of the particles that effectively counts, below which the weights are said to have collapsed."""
+STEPS = 25  # by default
+SAMPLER, OF_VECTORS = "sa2", "dpm++"  # of images, and of vectors, whose columns may differ much in their deviations
+WITH_MOVES = "ddpm"  # of steps with a move after each, after which a multistep rule has no history
+ISLANDS = 8  # populations at most
+SMALL, LARGE = 32, 256  # particles in each at least: the latter of what is tilted, or all soon descend from one
+WORKS = 0.5  # largest deviation of the works of one step of particles whose spacing is adaptive, nats
+COLLAPSE = 0.2  # share of the particles that effectively counts, below which the weights are said to have collapsed
 
 
 @dataclass(frozen=True)

@@ -39,20 +39,14 @@ Map = Callable[[Tensor], Tensor]
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
 
-DRAWS_LINEARISED, TRIED = 16, 64
-"""Points at which a measurement is linearised that is not linear, and at which a reward is tried."""
+DRAWS_LINEARISED = 16  # points at which a measurement is linearised that is not linear
+TRIED = 64  # points at which a reward is tried
+FALL = 0.2  # a floor falls by so many nats over r_t: slowly, or particles near a bound are lost that end within
+HEAVY = 0.25  # share of the square by which y is away that counts to the variance of what only a curve explains
+LARGEST_MATRIX = 4096  # numbers measured, and of a sample, up to which a linear measurement becomes a matrix
 
 NODES = torch.from_numpy(np.array(np.polynomial.hermite_e.hermegauss(5)) / np.c_[[1.0, (2 * math.pi) ** 0.5]])
 """Where a curve of a normal number is read, and the weights: Gauss-Hermite quadrature, (2, 5)."""
-
-FALL = 0.2
-"""A floor falls by so many nats over r_t: slowly, or particles near a bound are lost that end within."""
-
-HEAVY = 0.25
-"""Share of the square by which y is away that counts to the variance of what only a curve explains."""
-
-LARGEST_MATRIX = 4096
-"""Numbers measured, and of a sample, up to which a linear measurement becomes a matrix."""
 
 
 @final

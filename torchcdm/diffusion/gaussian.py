@@ -23,8 +23,7 @@ from torchcdm.random import normal, stream
 from torchcdm.units.float64 import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
-FULL_COVARIANCE_LIMIT = 4096
-"""Above this many dimensions ``fit`` takes the diagonal form in a cosine basis."""
+FULL_COVARIANCE_LIMIT = 4096  # above this many dimensions ``fit`` takes the diagonal form in a cosine basis
 
 
 class Rotation(Float64Module):
@@ -239,7 +238,7 @@ def shrunk(spread: Tensor, share: float, variance: float | None = None) -> Tenso
 
 
 def default_form(shape: Sequence[int]) -> str:
-    """``full`` up to :data:`FULL_COVARIANCE_LIMIT` dimensions, ``cosine`` above."""
+    """``full`` up to ``FULL_COVARIANCE_LIMIT`` dimensions, ``cosine`` above."""
     return "full" if math.prod(shape) <= FULL_COVARIANCE_LIMIT else "cosine"
 
 
@@ -248,17 +247,11 @@ def within_error(deficit: Tensor) -> bool:
     return float(deficit.mean()) <= float(deficit.std(correction=0)) / math.sqrt(len(deficit))
 
 
+# Shares that are tried of moving covariances towards a round one, and of the common one in those of classes, rising.
 SHRINKAGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7)
-"""Shares that are tried of moving covariances towards a round one."""
-
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0)
-"""Shares of the common covariance that :func:`fit_class_gaussians` tries, rising."""
-
-HELD_OUT = 5
-"""Every fifth sample is held out to choose between them."""
-
-HELD_OUT_LIMIT, DRAWS = 2000, 4
-"""Most held-out samples of a class, and noisy copies of each."""
+HELD_OUT = 5  # every fifth sample is held out to choose between them
+HELD_OUT_LIMIT, DRAWS = 2000, 4  # most held-out samples of a class, and noisy copies of each
 
 
 def fit_class_gaussians(

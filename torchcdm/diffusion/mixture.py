@@ -23,21 +23,13 @@ from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.random import normal
 
-FIT_ROWS = 10_000
-"""A mixture is fitted to at most so many samples, unless more are asked for."""
-
-VARIANCE_FLOOR = 1e-5
-"""Least variance of a component along any direction, model units: no component shrinks onto one sample."""
-
-PIECES, PIECE_ROWS = 3, 5
-"""EM starts from so many pieces for each component; they need so many rows, so many a number for own covariances."""
-
-TOLERANCE, ROUGH = 1e-5, 1e-3
-"""EM ends where an iteration gains less, nats a sample: of the mixture that is kept, and of those that are tried."""
-
-
+FIT_ROWS = 10_000  # samples that a mixture is fitted to, unless more are asked for
+VARIANCE_FLOOR = 1e-5  # of a component along any direction, model units: none shrinks onto one sample
+PIECES = 3  # EM starts from so many pieces for each component
+PIECE_ROWS = 5  # rows that a piece needs; so many for each number for a covariance of its own
+TOLERANCE, ROUGH = 1e-5, 1e-3  # nats a sample: EM ends where it gains less, of what is kept, and of what is tried
+# Numbers (components times samples times levels) that are handled at once: in a CPU's cache, and half a gigabyte.
 CPU_NUMBERS, GPU_NUMBERS = 2**20, 2**26
-"""Numbers (components times samples times levels) that are handled at once: in a CPU's cache, and half a gigabyte."""
 
 
 @final
@@ -164,7 +156,7 @@ def best_mixture(
     validation samples would choose among many settings by luck. Stops after two that are no better.
 
     Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
-    tried however few the samples. The ``options`` are of :func:`fit_gaussians`, whose tolerance is :data:`ROUGH`.
+    tried however few the samples. The ``options`` are of :func:`fit_gaussians`, whose tolerance is ``ROUGH``.
     """
     variance, watched = float(train.double().var(0, correction=0).mean()), validation[:, None].double()
     found: list[tuple[int, float, Tensor]] = []
@@ -190,7 +182,7 @@ def fit_gaussians(
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Of at most so many ``rows``, evenly spaced, until an iteration gains less than the ``tolerance``, nats a sample.
-    No variance is below ``floor``, nor :data:`VARIANCE_FLOOR`. The share ``shrinkage`` moves each covariance towards
+    No variance is below ``floor``, nor ``VARIANCE_FLOOR``. The share ``shrinkage`` moves each covariance towards
     their mean, and its square that one towards a round one of the variance of all samples, as it does one alone.
     """
     x, floor = _some(samples, components, rows).numpy(), max(floor, VARIANCE_FLOOR)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 
-RANK = 8
-"""Directions that are kept of each class."""
+RANK = 8  # directions that are kept of each class
 
 
 @final
 class Moments(nn.Module):
-    """Means (classes + 1, d) of each class, and last of all data, and :data:`RANK` principal directions of each,
-    (classes + 1, :data:`RANK`, d), orthogonal and as long as the data's deviation along them; model units."""
+    """Means (classes + 1, d) of each class, and last of all data, and ``RANK`` principal directions of each,
+    (classes + 1, ``RANK``, d), orthogonal and as long as the data's deviation along them; model units."""
 
     means: Tensor
     directions: Tensor
@@ -71,7 +70,7 @@ class Moments(nn.Module):
 
 
 def leading(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and principal directions (:data:`RANK`, d) of rows (N, d)."""
+    """Mean (d,) and principal directions (``RANK``, d) of rows (N, d)."""
     from sklearn.decomposition import PCA
 
     found = PCA(min(RANK, *x.shape), svd_solver="randomized", random_state=0).fit(x.cpu().numpy())

@@ -18,21 +18,15 @@ from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
 from torchcdm.errors import UserError
 from torchcdm.units.log_likelihood import log_normal
 
-COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80)
-"""Numbers of Gaussians that are tried for vectors that are not wide: a covariance takes half the square of these."""
-
-CONTRASTS = (1, 2, 4, 8)
-"""Numbers of Gaussians that are tried for images."""
-
-WIDE, WIDEST = 100, 2000
-"""Numbers of a vector up to which mixtures, and up to which covariances are tried."""
-
-FIELDS = ("gaussian", "components", "shrinkage", "form")
-"""What there is to choose."""
+COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80)  # numbers of Gaussians that are tried for vectors
+WIDE = 100  # numbers of a vector beyond which no mixture is tried: a covariance takes half the square of these
+WIDEST = 2000  # numbers of a vector up to which one covariance is tried
+CONTRASTS = (1, 2, 4, 8)  # numbers of Gaussians that are tried for images
+FIELDS = ("gaussian", "components", "shrinkage", "form")  # what there is to choose
 
 
 class Start(NamedTuple):
-    """:data:`FIELDS` of :class:`torchcdm.training.settings.ModelConfig`, and log p of held-out samples (N,), nats."""
+    """``FIELDS`` of :class:`torchcdm.training.settings.ModelConfig`, and log p of held-out samples (N,), nats."""
 
     fields: dict[str, Any]
     log_prob: Tensor
@@ -51,7 +45,7 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     covariances gives way where others are better by more than the standard error of the difference.
 
     Samples ``train`` and ``held_out``, (N, *shape), are in model units, dequantised; the latter without copies of the
-    same sample, and of more than :data:`FIT_ROWS` some count. The ``floor`` is the smallest variance. Fields that are
+    same sample, and of more than ``FIT_ROWS`` some count. The ``floor`` is the smallest variance. Fields that are
     ``given`` a value are not chosen; other keys, and None, are passed by. UserError where no density has these.
     """
     given = {key: value for key, value in (given or {}).items() if key in FIELDS and value is not None}

@@ -27,10 +27,9 @@ from torchcdm.units.table import Encoded
 SHARES = (1.0, 0.5, 0.25, 0.0)  # of what the network adds to the log density of its start, so much is tried
 DRAWS = 20_000  # draws that Z is estimated from
 ESTIMATES = 200  # independent estimates of Z from all draws, from whose spread the error comes
-
+# Half of the draws come from the base density blurred by so much noise, beside the data's scale: the model may have
+# mass where the base has little, and draws from there alone would never see it.
 WIDE = 0.3
-"""Half of the draws come from the base density blurred by so much noise, beside the data's scale: the model may have
-mass where the base has little, and draws from there alone would never see it."""
 
 
 class TableDensity(TableEstimator):
@@ -138,7 +137,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
 def importance_normalizers(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> list[LogZ]:
     """Z = E_q[p(x) / q(x)] of an unconditional model of vectors, q half the base density and half its blurred copy.
 
-    One for each of :data:`SHARES`, from ``draws``, rounded up so that each estimate has as many from either half of q.
+    One for each of ``SHARES``, from ``draws``, rounded up so that each estimate has as many from either half of q.
     """
     of_base, added = log_importance_weights(model, ESTIMATES * math.ceil(draws / (2 * ESTIMATES)), seed).T
     weights = [(of_base + share * added).view(-1, ESTIMATES) for share in SHARES]

@@ -23,10 +23,8 @@ from torchcdm.units import ColumnTransform, TableEncoding
 FALSE_ALARMS = 0.05  # share of held-out normal rows that ``contamination="auto"`` flags
 LOWEST = float(np.finfo(np.float32).min)  # of a row unlike all in training: below all others, finite for curves
 
-LONELY, BANDWIDTH, DENSITY_ROWS = 3, 2.0, 2000
-"""So many times the outliers of a table, and at most half of its rows, are not learned: those with the least kernel
-density of so many rows, wide in deviations of a column, as a group of outliers is dense in itself."""
-
+LONELY = 3  # times the outliers of a table, and at most half of its rows, are not learned: of least kernel density
+BANDWIDTH, DENSITY_ROWS = 2.0, 2000  # wide in deviations of a column, as a group of outliers is dense in itself
 ROUNDING = 1e-9  # share by which a score may differ between batches: the row at the threshold is normal in all
 
 

@@ -18,14 +18,10 @@ from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.units import DataTransform, GaussianizedTransform
 from torchcdm.units.log_likelihood import log_normal
 
+# Of a decoder's tilt, nats a cell: enough to converge to rounding error, unless one cell has nearly all mass.
 NEWTON_STEPS, LARGEST_TILT = 12, 20.0
-"""Of a decoder's tilt, nats a cell: enough to converge to rounding error, unless one cell has nearly all mass."""
-
-REACH = 9.0
-"""Deviations of the noise within which a decoder weighs cells; exp(-REACH²/2) is below the rounding of float64."""
-
-LARGEST_TABLE = 2**16
-"""Numbers (samples times dimensions times candidates) that a decoder handles at once: they stay in the cache."""
+REACH = 9.0  # deviations of the noise within which a decoder weighs cells: exp(-REACH²/2) is below float64's rounding
+LARGEST_TABLE = 2**16  # samples times dimensions times candidates of a decoder at once: they stay in the cache
 
 
 def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> NoisyCells:
@@ -58,7 +54,7 @@ class NoisyCells(ABC):
         there is one, with the tilt for which the mean of the data given z is ``x0``, E[x_0 | z] of the model: the flat
         decoder where they agree, and normalised for any ``x0``. The tilt is at most 20 nats a cell: where the noise is
         far below a cell networks don't know the mean well enough for more. Of equally spaced levels those further than
-        :data:`REACH` deviations count as impossible. Model units, but data units of the grey levels ``x``.
+        ``REACH`` deviations count as impossible. Model units, but data units of the grey levels ``x``.
         """
 
 

@@ -24,8 +24,7 @@ from torchcdm.runtime.processes import labels_of
 from torchcdm.units import LogLikelihood
 from torchcdm.units.log_likelihood import log_normal
 
-EXACT_DIMENSIONS = 16
-"""Up to here the divergence is the exact trace, above the mean over random probes."""
+EXACT_DIMENSIONS = 16  # up to here the divergence is the exact trace, above the mean over random probes
 
 
 @dataclass(frozen=True)

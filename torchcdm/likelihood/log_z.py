@@ -27,30 +27,17 @@ from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
 from torchcdm.runtime.validation import Count, checked
 
 Sweeps = Annotated[Count, Ge(4)]
-SWEEPS, LONGEST, REPLICAS = 200, 4, 12
-"""Sweeps that count, how many times as many may be made where they are doubted, and replicas of each level from each
-start: of all classes together, where these are taken one by one."""
-
-RUNGS = 16
-"""Levels that replicas of a restricted density cross at most, unless its level is given: N take about N² sweeps."""
-
-USUAL, MEASURING = 128, 512
-"""Samples of a class that make a fence, and of all data that make decoders, at most."""
-
-FAR = 4.0
-"""Deviations of continuous data at which replicas start that start far from all data."""
-
-AGREEMENT = 2.0
-"""Standard errors by which runs from several starts may differ in root mean square, and the trend over quarters."""
-
-SMALLEST_ESS, KNOWN = 20, 0.01
-"""Effective sample size below which an estimate normalises nothing, unless it is known to so many bits/dim."""
-
-NAME, TENSORS = "log_z.json", "log_z.safetensors"
-"""Files in the folder of a model, of log Z that was measured once."""
-
-TRAINING = 5000
-"""Training samples that say what is usual, at most."""
+SWEEPS = 200  # that count
+LONGEST = 4  # times as many may be made where they are doubted
+REPLICAS = 12  # of each level from each start: of all classes together, where these are taken one by one
+RUNGS = 16  # levels that replicas of a restricted density cross, unless its level is given: N take about N² sweeps
+USUAL, MEASURING = 128, 512  # samples of a class that make a fence, and of all data that make decoders, at most
+FAR = 4.0  # deviations of continuous data at which replicas start that start far from all data
+AGREEMENT = 2.0  # standard errors by which several starts may differ in root mean square, and the trend over quarters
+SMALLEST_ESS = 20  # below, an estimate normalises nothing
+KNOWN = 0.01  # bits/dim to which it normalises all the same
+NAME, TENSORS = "log_z.json", "log_z.safetensors"  # files in the folder of a model, of log Z that was measured once
+TRAINING = 5000  # training samples that say what is usual, at most
 
 
 @dataclass(frozen=True)
@@ -254,13 +241,13 @@ def log_normalizer(
         y: A class, for the normaliser of log p(x|y), not ``restricted``; None for the unconditional density.
         scoring: Level 1 ... T - 1, seed and batch size.
         sweeps: Sweeps that count, at least 4, after up to as many that do not. While their estimate is doubted, as
-            many as have counted so far follow in their place, up to :data:`LONGEST` times ``sweeps`` in all. Each
+            many as have counted so far follow in their place, up to ``LONGEST`` times ``sweeps`` in all. Each
             takes three evaluations of each replica.
         replicas: Replicas of each level from each start, at least 2.
         kernels: The proposals; measured when None.
         restricted: Only over inputs whose profile of log p over the levels is usual, by a
             :class:`torchcdm.annealing.target.Fence`: without the last of the starts. Of a model that gives its classes
-            in one pass class by class, the mean of log Z over the classes; at the lowest level that :data:`RUNGS`
+            in one pass class by class, the mean of log Z over the classes; at the lowest level that ``RUNGS``
             steps reach from the noise, where none is given.
         progress: Shows a progress bar over the sweeps.
         training: Other data than ``x``, which say what is usual; ``x`` when None.

@@ -33,14 +33,9 @@ Method = Literal["single", "elbo", "flow", "logz"]
 METHODS = get_args(Method)
 """Groups of rows that can be asked for; the first and the last need a density in one pass."""
 
-HALVED_SAMPLES = 64
-"""So many samples show what the flow's steps cost in accuracy."""
-
-CONSISTENT = 0.02
-"""Largest difference to the flow, and largest excess over the ELBO, of a number that is to be believed; bits/dim."""
-
-NOT_ESTIMATED = "log Z was not estimated"
-"""Why there is no headline where nobody asked for one."""
+HALVED_SAMPLES = 64  # that show what the flow's steps cost in accuracy
+CONSISTENT = 0.02  # bits/dim to the flow, and over the ELBO, up to which a number is to be believed
+NOT_ESTIMATED = "log Z was not estimated"  # why there is no headline where nobody asked for one
 
 REMARKS = {
     "published-convention": "undithered at level 0: for comparison with published numbers, no bound",

@@ -34,14 +34,11 @@ from torchcdm.random import derive
 from torchcdm.units import DataTransform, LogLikelihood
 from torchcdm.units.log_likelihood import log_normal
 
-COVER = 1e-3
-"""Share of the Gaussian: it costs as many nats of a sample."""
-
-PASSES, DECODING = 9, 5.0
-"""Passes of a chain, and its least noise in that of the scoring level: best on training images of clothes."""
-
-BINS, PSEUDO, MOST_VALUES = 64, 0.3, 4096
-"""Bins of the denoised value, of equally many numbers; what a table counts from; and the most grey levels of one."""
+COVER = 1e-3  # share of the Gaussian: it costs as many nats of a sample
+PASSES = 9  # of a chain
+DECODING = 5.0  # its least noise in that of the scoring level: best on training images of clothes
+BINS = 64  # of the denoised value, of equally many numbers
+PSEUDO, MOST_VALUES = 0.3, 4096  # what a table counts from, and the most grey levels of one
 
 
 @dataclass(frozen=True)

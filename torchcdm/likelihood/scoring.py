@@ -17,11 +17,8 @@ from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, CountOrZero, Int, validated
 from torchcdm.units import DataTransform, GaussianizedTransform
 
-SCORING_NOISE = 0.5
-"""Noise at which data on a grid are scored, in bins: one pass on digits is lowest there."""
-
-SCORING_NOISE_GAUSSIANIZED = 1 / 3
-"""The same for Gaussianised data, without edges, in typical cells of the pixel whose cells are narrowest."""
+SCORING_NOISE = 0.5  # at which data on a grid are scored, in bins: one pass on digits is lowest there
+SCORING_NOISE_GAUSSIANIZED = 1 / 3  # without edges, in typical cells of the pixel whose cells are narrowest
 
 
 @validated
@@ -70,7 +67,7 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
 
 
 def scoring_level(model: Denoiser, times: float = 1.0) -> int:
-    """The level through which data are scored: the first with noise of so much of a cell, :data:`SCORING_NOISE`.
+    """The level through which data are scored: the first with noise of so much of a cell, ``SCORING_NOISE``.
 
     Or so many ``times`` as much. With less noise the density still has the edges of the cells, which no smooth network
     draws, and its mean says too little about which cell it is. Level 1 for continuous data.

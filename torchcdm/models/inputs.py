@@ -16,8 +16,7 @@ from torchcdm.units.frames import as_frame, is_frame
 if TYPE_CHECKING:
     from torchcdm.models.denoiser import Denoiser
 
-LARGEST = 1e15
-"""Size of a context, or of a number in model units, beyond which sums of squares overflow in float32."""
+LARGEST = 1e15  # size of a context, or of a number in model units, beyond which sums of squares overflow in float32
 
 
 def as_numbers(x: Any, device: torch.device, transform: DataTransform | None = None) -> Tensor:

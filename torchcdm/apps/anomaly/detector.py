@@ -24,6 +24,7 @@ from torchcdm.runtime.validation import ProperShare, checked
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
+
 @final
 class AnomalyDetector:
     """A number for each input, higher for the more anomalous, compared with normal data that did not train the model.
