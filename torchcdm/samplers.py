@@ -28,12 +28,9 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Int, NotNegative, Share, checked
 
-Visited = tuple[int, Prediction]
-"""A level that the sampler has been to, and what the denoiser said there."""
-
+Visited = tuple[int, Prediction]  # a level that the sampler has been to, and what the denoiser said there
 Order = Annotated[Int, Ge(1), Le(4)]
-Time = Callable[[Tensor], Tensor]
-"""Function of r in which a polynomial is."""
+Time = Callable[[Tensor], Tensor]  # function of r in which a polynomial is
 
 
 @dataclass(frozen=True)

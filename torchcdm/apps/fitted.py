@@ -16,8 +16,7 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.artefact import damaged
 from torchcdm.training.checkpoint import ModelInfo, read_info
 
-Readers = dict[str, Callable[[Any], Any]]
-"""Names of the attributes that a fit sets, and what makes each of plain values."""
+Readers = dict[str, Callable[[Any], Any]]  # names of attributes that a fit sets, and what makes each of plain values
 
 
 @contextmanager

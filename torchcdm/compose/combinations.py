@@ -31,9 +31,7 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_labels, as_tensor
 from torchcdm.runtime.validation import Float, checked
 
-Experts = Sequence[tuple[DensityModel, int | None]]
-"""Densities: a model, and one of its classes or None."""
-
+Experts = Sequence[tuple[DensityModel, int | None]]  # densities: a model, and one of its classes or None
 Exponent = Annotated[Float, Ge(1e-4), Le(1e4)]
 
 
@@ -122,8 +120,7 @@ class AllGiven(Unnormalised):
         return log_gamma, Prediction.of_score(x_t, alpha, sigma, gradient.nan_to_num(0, 0, 0)).eps
 
 
-Model = Denoiser | Sequence[Denoiser]
-"""A model, of whose classes something is made, or several models."""
+Model = Denoiser | Sequence[Denoiser]  # a model, of whose classes something is made, or several models
 
 
 def all_of(model: Model, classes: Sequence[int] | None = None) -> Combination:

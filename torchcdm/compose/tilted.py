@@ -33,9 +33,7 @@ from torchcdm.models.inputs import as_numbers, as_tensor
 from torchcdm.random import stream
 from torchcdm.runtime.validation import Count, Float, checked
 
-Map = Callable[[Tensor], Tensor]
-"""A function of samples (B, *shape)."""
-
+Map = Callable[[Tensor], Tensor]  # a function of samples (B, *shape)
 Known = Callable[[Tensor, Tensor], Tensor]
 """ell_t(x0): nats (B,) of E[x_0 | x_t], model units float64 (B, *shape), and levels, long (B,)."""
 

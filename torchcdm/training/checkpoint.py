@@ -109,9 +109,7 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mappi
     write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
-def save(
-    model: Denoiser, path: str | Path, info: ModelInfo | None = None, **others: Mapping[str, Tensor]
-) -> None:
+def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None, **others: Mapping[str, Tensor]) -> None:
     """Writes a model as :func:`load` reads it: ``model.safetensors`` and ``config.json`` in a folder.
 
     Args:

@@ -29,8 +29,7 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers
 from torchcdm.random import stream
 
-Fitted = Mapping[str, Tensor]
-"""What a score learned from the reference, by name."""
+Fitted = Mapping[str, Tensor]  # what a score learned from the reference, by name
 
 COARSE_NOISE = 0.5  # in model units, leaves the coarse picture: data have a scale of about one
 COUNTS = (1, 2, 4, 8, 16)  # numbers of Gaussians that are tried

@@ -151,8 +151,7 @@ def _area(low: Tensor, rise: Tensor, place: Tensor) -> Tensor:
 
 
 STEPS = {"unmixing": Unmixing, "curves": Curves}
-Steps = Mapping[str, Unmixing | Curves]
-"""Steps by their names in :data:`STEPS`, in the order of their use."""
+Steps = Mapping[str, Unmixing | Curves]  # by their names, in the order of their use
 
 
 def through(steps: Steps, z: Tensor) -> tuple[Tensor, Tensor]:
