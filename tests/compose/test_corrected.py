@@ -158,6 +158,13 @@ def test_bounds_by_a_reward_of_minus_infinity_have_the_normaliser_of_what_is_wit
     assert (compose.sample(bounded, 64, particles=32, sweeps=8)[:, 0] > edge - 0.02).all()
 
 
+def test_replicas_start_within_a_bound_that_few_particles_reach():
+    model = ClassificationDiffusion(ZeroBackbone(102), LogSNRSchedule(100), DataTransform((2,))).double()
+    bounded = compose.tilted(model, lambda x: torch.where(x[:, 0] > 2.0, 5.0, -math.inf))
+    found = compose.sample(bounded, 64, particles=16, sweeps=8, details=True)
+    assert (found.log_weights > -math.inf).all()
+
+
 def test_particles_take_as_long_steps_as_their_weights_allow():
     model, rows = exact(FAR), []
     model.backbone.register_forward_hook(lambda _, x, __: rows.append(len(x[0])))
