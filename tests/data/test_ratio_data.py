@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from torchcdm.apps.ratio.coordinates import Curves
 from torchcdm.data import DataOptions
 from torchcdm.data.pairs import pair_up, read_pair, read_query
 from torchcdm.errors import UserError
+from torchcdm.units.warp import fit_warp
 
 pd = pytest.importorskip("pandas")
 
@@ -147,6 +149,9 @@ def test_images_go_by_shape_and_by_kind():
     for other in (grey / 16, grey.astype(np.uint16) * 4000):
         with pytest.raises(UserError, match="sample 0: .*the model's grey levels are 0 ... 16"):
             read_query(other, levels, None, options)
+    deep = pair_up(grey.astype(np.uint16) * 4000, grey.astype(np.uint16) * 4000).source.transform
+    with pytest.raises(UserError, match=r"query: grey levels 0 \.\.\. 255; .* 0 \.\.\. 65535: convert"):
+        read_query(grey * 15, deep, None, options)
     fractions = pair_up(grey / 16.3, grey / 16.3).source.transform
     with pytest.raises(UserError, match="query: grey levels; the fitted samples are continuous"):
         read_query(grey, fractions, None, options)
@@ -176,3 +181,12 @@ def test_options_are_checked():
         pair_up(x, x, DataOptions(validation_fraction=0))
     with pytest.raises(UserError, match="every column is constant"):
         pair_up(np.ones((60, 2)), np.ones((60, 2)))
+
+
+def test_quantiles_of_wide_tables_are_not_those_of_torch(monkeypatch):
+    def refused(*_, **__):
+        raise RuntimeError("quantile() input tensor is too large")  # as torch 2.8 says beyond 16 million numbers
+
+    monkeypatch.setattr(torch.Tensor, "quantile", refused)
+    x, sources = torch.from_numpy(normal(100, 3)).exp(), torch.arange(100) % 2
+    assert Curves.fit(fit_warp(x)["location"] + x, sources).knots.isfinite().all()

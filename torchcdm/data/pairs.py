@@ -140,6 +140,9 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
             raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
         if grid is not None and transform.bin is None:
             raise UserError("query: grey levels; the fitted samples are continuous values: give such")
+        if grid is not None and transform.high - transform.low >= DEPTH * max(1, grid[1] - grid[0]):
+            fitted = f"the fitted ones are {transform.low:g} ... {transform.high:g}"
+            raise UserError("query: grey levels {} ... {}; {}: convert both to one depth".format(*grid, fitted))
         names = [f"sample {i}" for i in range(len(query))]
         check_range(query, names, transform)
         return Inputs(query.float(), names, [""] * len(query))

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -105,7 +106,8 @@ class Curves:
         by penalised likelihood."""
         rows = evenly_spaced(len(x), CURVE_ROWS)
         x, y = x[rows], y[rows]
-        knots = x.quantile(torch.special.ndtr(torch.linspace(-3, 3, KNOTS, dtype=torch.float64)), dim=0)
+        # By numpy: torch 2.8 refuses more than 16 million numbers.
+        knots = torch.from_numpy(np.quantile(x.numpy(), ndtr(np.linspace(-3, 3, KNOTS)), axis=0))
         # Equal quantiles are told apart by a little of the spread.
         knots = knots + 1e-6 * (x.std(0) + 1e-12) * torch.arange(KNOTS, dtype=torch.float64)[:, None]
         curves = cls(knots, torch.zeros(knots.shape, dtype=torch.float64).requires_grad_())
