@@ -158,17 +158,16 @@ def best_mixture(
     Samples are (N, d) in model units, those of ``validation`` without copies. The ``counts`` rise, and the first is
     tried however few the samples. The ``options`` are of :func:`fit_gaussians`, whose tolerance is ``ROUGH``.
     """
-    variance, watched = float(train.double().var(0, correction=0).mean()), validation[:, None].double()
+    variance, worse = float(train.double().var(0, correction=0).mean()), 0
     found: list[tuple[int, float, Tensor]] = []
-    worse = 0
     for number, count in enumerate(counts):
         if (number and 2 * count > len(train)) or worse == 2:
             break
         weights, means, covariances = fit_gaussians(train, count, **{"tolerance": ROUGH} | options)
         trials = []
         for share in shares:
-            parts = MultivariateNormal(means, _shrunk(weights, covariances, variance, share)).log_prob(watched)
-            trials.append((count, share, (parts + weights.log()).logsumexp(1)))
+            moved = _shrunk(weights, covariances, variance, share)
+            trials.append((count, share, mixture_log_prob(validation.double(), weights, means, moved)))
         found.append(max(trials, key=lambda trial: float(trial[2].mean())))
         worse = 0 if all(not within_error(found[-1][2] - trial[2]) for trial in found[:-1]) else worse + 1
     highest = max(found, key=lambda trial: float(trial[2].mean()))[2]
@@ -192,6 +191,13 @@ def fit_gaussians(
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     variance = float(samples.double().var(0, correction=0).mean())
     return weights, means, _shrunk(weights, covariances, variance, shrinkage)
+
+
+def mixture_log_prob(x: Tensor, weights: Tensor, means: Tensor, covariances: Tensor) -> Tensor:
+    """log p of rows (N, d) under what :func:`fit_gaussians` gives, (N,), some at a time; nan if numbers overflow."""
+    gaussians = MultivariateNormal(means, covariances, validate_args=False)
+    parts = torch.cat([gaussians.log_prob(some[:, None]) for some in x.split(FIT_ROWS)])
+    return (parts + weights.log()).logsumexp(1)
 
 
 def _some(samples: Tensor, components: int, rows: int) -> Tensor:

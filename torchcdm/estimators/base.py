@@ -36,7 +36,7 @@ from torchcdm.models.inputs import LARGEST
 from torchcdm.random import stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Positive, ProperShare, Rate, Width, read_as
-from torchcdm.training.checkpoint import ModelInfo, load, save
+from torchcdm.training.checkpoint import load, save
 from torchcdm.training.config_files import make_config, merge, paths, preset_fields
 from torchcdm.training.fit import override_fields, trained
 from torchcdm.training.run_folder import RunFolder
@@ -175,8 +175,7 @@ class TableEstimator(BaseEstimator):
         transform.table = self.columns_ if self._framed and not self._conditional else None
         model.transform = transform.to(model.schedule.alpha.device)
         # Scores in float64: a row's is then the same in any batch, to about 1e-12.
-        self.model_ = model.double()
-        self._info: ModelInfo = replace(model.info, transform=transform)
+        self.model_, model.info = model.double(), replace(model.info, transform=transform)
 
     def _best_start(
         self, train: Tensor, validation: Tensor, given: dict[str, Any], bent: bool = True
@@ -248,7 +247,7 @@ class TableEstimator(BaseEstimator):
         file that cannot be written, or a folder that holds a run or files of another origin.
         """
         check_is_fitted(self)
-        save(self.model_, folder, described(self, self.get_params(), self._info))
+        save(self.model_, folder, described(self, self.get_params(), self.model_.info))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -260,7 +259,7 @@ class TableEstimator(BaseEstimator):
             widths = (1, len(self.columns_.kept))
             if self._noise.ndim != 2 or self._noise.shape[1] not in widths or not len(self._noise):
                 raise ValueError("_noise has no number for each column")
-        self.model_, self._info = load(folder, device).double(), info
+        self.model_ = load(folder, device).double()
         return self
 
     def _noisy(self, codes: Tensor) -> Iterator[Tensor]:

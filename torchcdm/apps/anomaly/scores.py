@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 from torch.nn.functional import softplus
 
 from torchcdm.annealing.target import in_batches
 from torchcdm.data.inputs import check_range
-from torchcdm.diffusion.mixture import ROUGH, best_mixture, fit_gaussians
+from torchcdm.diffusion.mixture import ROUGH, best_mixture, fit_gaussians, mixture_log_prob
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
@@ -35,7 +34,6 @@ COARSE_NOISE = 0.5  # in model units, leaves the coarse picture: data have a sca
 COUNTS = (1, 2, 4, 8, 16)  # numbers of Gaussians that are tried
 HELD_OUT = 4  # one profile in so many chooses among them
 FOLDS = 5  # parts by which distances of normal data are taken
-AT_ONCE = 10_000  # profiles whose mixture density is computed at a time: as many numbers again for each Gaussian
 
 MOST_INCREMENTS = 512  # of finer schedules they are over two or more levels each
 MOST_POSTERIORS = 128  # of many classes they are those of few levels
@@ -166,10 +164,7 @@ def _white(profile: Tensor, fitted: Fitted) -> Tensor:
 
 
 def _log_density(white: Tensor, fitted: Fitted) -> Tensor:
-    # Not validated: where numbers overflowed, the density is nan.
-    gaussians = MultivariateNormal(fitted["means"], fitted["covariances"], validate_args=False)
-    parts = [gaussians.log_prob(some[:, None]) for some in white.split(AT_ONCE)]
-    return (torch.cat(parts) + fitted["weights"].log()).logsumexp(1)
+    return mixture_log_prob(white, fitted["weights"], fitted["means"], fitted["covariances"])
 
 
 def _increments(profile: Tensor) -> Tensor:

@@ -170,8 +170,8 @@ def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[Lo
         return tuple(part.transpose(0, 1) for part in networks(x[:, rows], y[:, rows]))
 
     f, g = map_rows(of_rows, x.shape[1], dim=x.shape[2] + y.shape[2], device=x.device)
-    f, g = (part.double().cpu().numpy() for part in (f, g))
-    return [lambda rows, partners, k=k: (f[rows, k] * g[partners, k]).sum(1) for k in range(MEMBERS)]
+    f, g = f.cpu().numpy(), g.cpu().numpy()  # in float32: those of all members, of a million rows, are large
+    return [lambda rows, partners, k=k: (np.double(f[rows, k]) * g[partners, k]).sum(1) for k in range(MEMBERS)]
 
 
 def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed: int, until: float) -> LogRatio:
