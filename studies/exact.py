@@ -20,7 +20,7 @@ from torch import Tensor
 from torchcdm.data.named import TOYS
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.units.float64 import Float64Module
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
 

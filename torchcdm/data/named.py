@@ -188,15 +188,13 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
     paths: list[list[Path]] = [[], [], []]
     absent = []
     for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words:
-            continue
-        if len(words) != 2 or words[1] not in ("0", "1", "2"):
-            raise UserError(f"{listing}: line {number} is not 'FILE.jpg 0|1|2': {line[:60]}")
-        if words[0] in present:
-            paths[int(words[1])].append(images / words[0])
-        else:
-            absent.append(words[0])
+        match line.split():
+            case [name, ("0" | "1" | "2") as split] if name in present:
+                paths[int(split)].append(images / name)
+            case [name, "0" | "1" | "2"]:
+                absent.append(name)
+            case [_, *_]:
+                raise UserError(f"{listing}: line {number} is not 'FILE.jpg 0|1|2': {line[:60]}")
     return paths, absent
 
 

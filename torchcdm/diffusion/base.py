@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import normal
-from torchcdm.units.float64 import Float64Module
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.random import normal, stream
-from torchcdm.units.float64 import Float64Module
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.units.log_likelihood import log_normal
 
 FULL_COVARIANCE_LIMIT = 4096  # above this many dimensions ``fit`` takes the diagonal form in a cosine basis

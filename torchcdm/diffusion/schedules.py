@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.runtime.validation import Levels, NotNegative, Positive, checked
-from torchcdm.units.float64 import Float64Module
 
 Level = int | Tensor
 """A noise level: one for the whole batch, or a long tensor with one for each sample (B,)."""

@@ -13,8 +13,8 @@ from torchcdm.errors import UserError
 from torchcdm.models.density import DensityModel
 from torchcdm.networks.heads import at_least_float32
 from torchcdm.random import stream
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.units import DataTransform
-from torchcdm.units.float64 import Float64Module
 
 
 @final

@@ -1,4 +1,5 @@
-"""Precision of products of float32: what a user may have lowered, and what measurements raise again."""
+"""Precision: that of products of float32, which a user may have lowered and measurements raise again; and constants
+that stay exact when the network around them changes its own."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import backends
+from torch import backends, nn
 
 
 def reduced_precision(device: str) -> list[tuple[Callable[[Any], Any], Any, Any]]:
@@ -32,3 +33,18 @@ def _set_precision(part: Any, value: str) -> None:
     part.fp32_precision = "none"
     if part.fp32_precision != value:
         part.fp32_precision = value
+
+
+class Float64Module(nn.Module):
+    """Its own buffers follow ``.to(device)`` but stay float64, or what they are, under ``.half()`` or ``.to(dtype)``.
+
+    Schedules, scalings and covariances hold constants whose rounding would show in a log-likelihood, which is a
+    small difference of sums over thousands of terms.
+    """
+
+    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 (signature of nn.Module)
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self

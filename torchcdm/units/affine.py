@@ -11,8 +11,8 @@ from annotated_types import Len
 from torch import Tensor
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.runtime.validation import Count, Float, Positive, checked, encode
-from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, Cells
 from torchcdm.units.table import TableEncoding
 

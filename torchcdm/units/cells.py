@@ -62,12 +62,12 @@ def kind_of(cells: Series) -> Kind | Literal[""]:
 
 def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     """Cells as texts, object (N,): the empty text where they are missing, False and True of booleans."""
-    texts = cells.astype(object).where(cells.notna(), "").astype(str).str.strip().to_numpy(object)
-    lower = np.array([text.lower() for text in texts], dtype=object)
-    texts[np.isin(lower, list(EMPTY))] = ""
+    texts = cells.astype(object).where(cells.notna(), "").astype(str).str.strip()
+    lower = texts.str.lower()
+    texts = texts.mask(lower.isin(EMPTY), "")
     if kind == "boolean":
-        texts[np.isin(lower, list(TRUE))], texts[np.isin(lower, list(FALSE))] = "True", "False"
-    return texts
+        texts = texts.mask(lower.isin(TRUE), "True").mask(lower.isin(FALSE), "False")
+    return texts.to_numpy(object)
 
 
 def conventions(cells: Series, kind: Kind) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.random import evenly_spaced
+from torchcdm.runtime.precision import Float64Module
 from torchcdm.units.affine import DataTransform, floating
-from torchcdm.units.float64 import Float64Module
 from torchcdm.units.lattice import NONE, Cells, spread
 from torchcdm.units.log_likelihood import log_normal
 from torchcdm.units.warp import LEAST_GAIN, bend, bend_log_slope, fit_warp, floor_of, logarithm
