@@ -17,7 +17,7 @@ from torchcdm.bridges.official import renamed
 from torchcdm.diffusion.schedules import LinearSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import DenoisingDiffusion
-from torchcdm.networks.blocks import height_and_width, time_embedding
+from torchcdm.networks.blocks import halved_sizes, time_embedding
 from torchcdm.networks.unet import DDMUNet
 from torchcdm.runtime.artefact import read_json, unpacked
 from torchcdm.runtime.reading import read_bytes
@@ -115,7 +115,7 @@ def load_diffusers(folder: str | Path) -> DenoisingDiffusion:
         backbone = convert_unet(config, state)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    shape = (backbone.conv_out.out_channels, *height_and_width(config["sample_size"]))
+    shape = (backbone.conv_out.out_channels, *halved_sizes(config["sample_size"], 1)[0])
     transform = DataTransform.images(shape, dequantize=False)
     return DenoisingDiffusion(backbone, schedule, transform).eval()
 
@@ -130,7 +130,7 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DDMU
     names = UNetOptions.__dataclass_fields__
     options = read_as(UNetOptions, {key: config[key] for key in names if config.get(key) is not None})
     size, widths, down = options.sample_size, options.block_out_channels, options.down_block_types
-    height, width = height_and_width(size)
+    ((height, width),) = halved_sizes(size, 1)
     channels = widths[0]
     if options.in_channels != options.out_channels or any(other % channels for other in widths):
         raise UserError("a network of as many channels out as in, whose widths are multiples of the first, is needed")

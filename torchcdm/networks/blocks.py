@@ -16,27 +16,19 @@ from torchcdm.errors import UserError
 ImageSize = int | Sequence[int]  # side of a square image, or (height, width)
 
 
-def height_and_width(image_size: ImageSize) -> tuple[int, int]:
-    """(height, width) of an image size."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
-
-
 def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int]]:
     """(height, width) at every resolution of a network that halves ``resolutions`` - 1 times.
 
     UserError for a side that cannot be halved so often; names the nearest sizes that can.
     """
-    size = height_and_width(image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else map(int, image_size)
     factor = 2 ** (resolutions - 1)
-    if any(side % factor or side < factor for side in size):
-        near = "x".join(str(math.ceil(max(side, 1) / factor) * factor) for side in size)
-        what = f"images of {size[0]}x{size[1]} cannot be halved {resolutions - 1} times"
+    if any(side % factor or side < factor for side in (height, width)):
+        near = "x".join(str(math.ceil(max(side, 1) / factor) * factor) for side in (height, width))
+        what = f"images of {height}x{width} cannot be halved {resolutions - 1} times"
         mend = f"use sides that are multiples of {factor}, such as {near}, or fewer multipliers"
         raise UserError(f"network: {what}; {mend}")
-    return [(size[0] // 2**i, size[1] // 2**i) for i in range(resolutions)]
+    return [(height // 2**i, width // 2**i) for i in range(resolutions)]
 
 
 class ImageNetwork(nn.Module):
