@@ -102,7 +102,7 @@ def test_the_logged_squared_error_is_of_the_levels_that_validation_counts():
 def test_the_bar_tells_what_is_left_of_steps_or_time(tmp_path, capsys, limit):
     config = small_config(train__max_seconds=limit, train__steps="6", sampling__n="0")
     train(config, tmp_path / "run", device="cpu", progress=True)
-    last = capsys.readouterr().err.strip().splitlines()[-1].split("\r")[-1]
+    last = [shown for shown in re.split(r"[\r\n]", capsys.readouterr().err) if shown.startswith("training:")][-1]
     assert re.search(r"training: 100%\|.*\| \d\d:\d\d<00:00, step 6, mse [\d.]+, ce [\d.]+, best val nll [\d.]+", last)
 
 
