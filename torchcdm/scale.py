@@ -29,7 +29,6 @@ from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.training.checkpoint import load
-from torchcdm.units import TableEncoding
 
 # Columns of a batch of files, and of arrays, as ``ray.data.read_images`` and ``read_numpy`` call them.
 PATH, PART, ARRAYS = "path", "part", ("image", "data", "x")
@@ -130,12 +129,11 @@ class Scorer:
         transform, options = self.info.transform, replace(self.info.data, skip_bad=self.skip_bad)
         name = None if table else next((name for name in ARRAYS if name in batch), None)
         if name is None:
-            frame = pd.DataFrame({key: list(value) for key, value in batch.items()})
-            table = transform.table or TableEncoding.numbers(frame.columns)
-            if transform.shape != (len(table.kept),):
+            if len(transform.shape) > 1:
                 takes = f"{', '.join(ARRAYS)} or {PATH}"
                 raise UserError(f"the batch has the columns {', '.join(batch)}; the model takes {takes}")
-            found = read_table(frame, "the batch", table, options)
+            frame = pd.DataFrame({key: list(value) for key, value in batch.items()})
+            found = read_table(frame, "the batch", transform, options)
             return found, np.array([int(row.rpartition(" ")[2]) for row in found.names], int)
         values = np.asarray(batch[name])
         values = np.stack(list(values)) if values.dtype == object else values

@@ -127,9 +127,7 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
     """All samples of one file, or of a part of it; None of an image that cannot be read."""
     if tables.is_table(path):
         frame = tables.read(path, options, None if part == WHOLE else part)
-        table = transform.table or TableEncoding.numbers(frame.columns)
-        _check_shape((len(table.kept),), transform.shape, path)
-        found = read_table(frame, str(path), table, options)
+        found = read_table(frame, str(path), transform, options)
         names = [f"{printable(path)}: {row}" for row in found.names]
         return found._replace(x=single(found.x.numpy(), str(path)), names=names)
     if part == WHOLE and path.suffix.lower() in arrays.SUFFIXES:
@@ -148,8 +146,10 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
     return Inputs(tiles, names, [""] * len(names), tuple(notes))
 
 
-def read_table(frame: DataFrame, name: str, table: TableEncoding, options: DataOptions) -> Inputs:
-    """The rows of a table for a model; those that hold what training never had deviate."""
+def read_table(frame: DataFrame, name: str, transform: DataTransform, options: DataOptions) -> Inputs:
+    """The rows of a table for a model of this transform; those that hold what training never had deviate."""
+    table = transform.table or TableEncoding.numbers(frame.columns)
+    _check_shape((len(table.kept),), transform.shape, name)
     x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True)
     names = [f"{frame.index.name or 'row'} {frame.index[i]}" for i in rows.tolist()]
     bad = len(frame) - len(rows)
@@ -198,7 +198,7 @@ def on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Pa
     return transform.quantize(low + x * ((high - low) / file_high))
 
 
-def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path) -> None:
+def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path | str) -> None:
     if found != needed:
         both = ["vectors of {}", "", "images of {1} x {2} pixels, {0} channel(s)"]
         found, needed = (both[len(shape) - 1].format(*shape) for shape in (found, needed))

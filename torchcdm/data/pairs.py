@@ -148,7 +148,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
         return Inputs(query.float(), names, [""] * len(query))
     if isinstance(query, Tensor):
         raise UserError(f"query: holds images; rows of {len(table.columns)} numbers are needed")
-    found = read_table(query, "query", table, options)
+    found = read_table(query, "query", warp, options)
     return found._replace(x=warp(found.x).float())
 
 
