@@ -23,8 +23,7 @@ LARGEST_TIME_STEP = 0.75  # in log r: the difference of neighbours further apart
 # 0.02 of it in float32, between a network's rounding and its curvature.
 DISPLACEMENT = 60.0
 
-Terms = dict[str, Tensor]
-"""Loss terms by name, each (B,); ``loss`` is the one to average and minimise, and to differentiate."""
+Terms = dict[str, Tensor]  # of a loss by name, each (B,); ``loss`` is the one to average and to differentiate
 
 
 def stratified_levels(n: int, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, elbo, report
-from torchcdm.likelihood.report import _cost
+from torchcdm.likelihood.report import _rows_seen
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.units import DataTransform
 
@@ -81,11 +81,11 @@ def test_the_bar_knows_how_many_rows_the_network_will_see(vectors, capsys):
     for stage in ("single", "elbo", "flow"):
         seen.clear()
         report(model, x, scoring=scoring, methods=[stage], progress=True)
-        assert sum(seen) == _cost(model, stage, len(x), scoring)[0], stage
+        assert sum(seen) == _rows_seen(model, stage, len(x), scoring), stage
     hook.remove()
     assert not model.backbone._forward_hooks
     shown = capsys.readouterr().err
-    assert "likelihood: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)
+    assert "likelihood, flow: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)
 
 
 def test_densities_without_a_network_of_their_own_have_a_report(vectors):

@@ -116,15 +116,6 @@ class ModelTarget(Target):
 
         return Evaluated(*in_batches(self.model, x_t, part, self.batch_size))
 
-    def profile(self, x_t: Tensor) -> Tensor:
-        """log p at every level, (B, T+2), of the one class or of all, from a pass without gradient."""
-
-        def part(rows: slice) -> Tensor:
-            x = x_t[rows].to(self.dtype)
-            return self.model.log_prob_levels(x, None if self.y is None else self.y.expand(len(x), *self.y.shape[1:]))
-
-        return in_batches(self.model, x_t, part, self.batch_size)
-
 
 COMPARED = 11  # rungs whose log gamma a fence looks at, at most
 DISTANCE = 6.0  # the largest Mahalanobis distance of it that the fence lets in

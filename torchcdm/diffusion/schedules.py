@@ -20,8 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.runtime.precision import Float64Module
 from torchcdm.runtime.validation import Levels, NotNegative, Positive, checked
 
-Level = int | Tensor
-"""A noise level: one for the whole batch, or a long tensor with one for each sample (B,)."""
+Level = int | Tensor  # one for the whole batch, or a long tensor with one for each sample (B,)
 
 
 def readable(values: Tensor) -> bool:

@@ -24,6 +24,7 @@ from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import normal, permutation, stream
 from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
+from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, checked
 
 Sweeps = Annotated[Count, Ge(4)]
@@ -354,10 +355,14 @@ class _Points:
 
     def fenced(self, usual: Sequence[Tensor], count: int) -> Fenced:
         """The target where it is as at ``usual`` points of each class, (rungs, n, *shape), in ``count`` columns."""
-        targets = [self.target]
-        if self.by_class:
-            targets = [ModelTarget(self.model, y, self.scoring.batch_size) for y in range(len(self.shares))]
-        profiles = [[own.profile(part) for part in parts] for own, parts in zip(targets, usual, strict=True)]
+
+        def profile(x: Tensor, k: int) -> Tensor:
+            """log p at every level, (n, T+2), of one class or of all."""
+            y = self.labels[k].expand(len(x)) if self.by_class else None
+            passed = lambda rows: self.model.log_prob_levels(x[rows], labels_of(y, rows, x.device))  # noqa: E731
+            return in_batches(self.model, x, passed, self.scoring.batch_size)
+
+        profiles = [[profile(part.to(self.target.dtype), k) for part in parts] for k, parts in enumerate(usual)]
         return Fenced(self.target, Fence.of(self.levels, profiles), self.columns(count) if self.by_class else None)
 
     def move_within(self, target: Fenced, x: Tensor) -> str:

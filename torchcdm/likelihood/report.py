@@ -16,7 +16,7 @@ from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
-from torchcdm.likelihood.flow import EXACT_DIMENSIONS, FlowLikelihood, FlowSolver, probability_flow
+from torchcdm.likelihood.flow import FlowLikelihood, FlowSolver, probability_flow
 from torchcdm.likelihood.log_z import SWEEPS, LogZ, Sweeps, log_normalizer
 from torchcdm.likelihood.one_pass import single_pass
 from torchcdm.likelihood.restricted import restricted_pass
@@ -196,8 +196,8 @@ def report(
     found: dict[str, LogLikelihood] = {}
     kernels = gap = gaps = over_elbo = None
     notes: list[str] = []
-    costs = {stage: _cost(model, stage, len(share(len(x))), scoring) for stage in stages}
-    for stage in _with_time_left(model, costs, progress):
+    passes = {stage: _rows_seen(model, stage, len(share(len(x))), scoring) for stage in stages}
+    for stage in _with_bars(model, passes, progress):
         if stage in ("elbo", "logz") and kernels is None:
             # With the variances that the model's own samples have, of all classes that are given.
             target, n = ModelTarget(model, batch_size=scoring.batch_size, density=False), CALIBRATION_SAMPLES
@@ -256,27 +256,26 @@ def _measured_log_z(
     return found, notes
 
 
-def _cost(model: Denoiser, stage: str, n: int, scoring: Scoring) -> tuple[int, int]:
-    """Rows that the network sees for ``n`` samples, and what a row costs: a pass forward 1, each backward about 2."""
+def _rows_seen(model: Denoiser, stage: str, n: int, scoring: Scoring) -> int:
+    """Rows that the network sees in a stage, for ``n`` samples."""
     T, steps = model.schedule.T, min(scoring.steps, model.schedule.T - scoring.level)
     halved = 2 * ((steps + 1) // 2) + 1
-    probes = model.transform.dim if model.transform.dim <= EXACT_DIMENSIONS else scoring.probes
     rows = {"single": (1 + 2 * scoring.draws) * n, "flow": 2 * (steps + 1) * n + halved * min(n, HALVED_SAMPLES)}
     rows |= {"elbo": (T - scoring.level + 1) * n + 2 * T * CALIBRATION_SAMPLES, "logz": 0}
-    return rows[stage], {"elbo": 3, "flow": 3 + 3 * probes}.get(stage, 1)
+    return rows[stage]
 
 
-def _with_time_left(model: Denoiser, costs: Mapping[str, tuple[int, int]], progress: bool) -> Iterator[str]:
-    """The stages, with a bar of what the network has seen; log Z has a bar of its own."""
-    form, total = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}", sum(map(math.prod, costs.values()))
-    with tqdm(total=total, desc="likelihood", bar_format=form, disable=not progress) as bar:
-        for stage, (_, cost) in costs.items():
+def _with_bars(model: Denoiser, rows: Mapping[str, int], progress: bool) -> Iterator[str]:
+    """The stages, each with a bar of the rows that the network has seen; log Z has one of its own."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    for stage, total in rows.items():
+        bar = tqdm(total=total, desc=f"likelihood, {stage}", bar_format=form, disable=not (progress and total))
 
-            def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, cost: int = cost) -> None:
-                bar.update(cost * len(inputs[0]))
+        def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, bar: tqdm = bar) -> None:
+            bar.update(len(inputs[0]))
 
-            with (getattr(model, "backbone", None) or model).register_forward_hook(count):
-                yield stage
+        with bar, (getattr(model, "backbone", None) or model).register_forward_hook(count):
+            yield stage
 
 
 def _errors(

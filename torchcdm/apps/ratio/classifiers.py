@@ -20,18 +20,15 @@ from torch.nn.functional import silu
 from torchcdm.random import derive, evenly_spaced, stream
 from torchcdm.runtime.processes import map_rows
 
-MEMBERS, WIDTH, LAYERS = 4, 64, 3
-
-STEPS, BATCH, RATE, DECAY, EVERY = 1500, 256, 3e-3, 1e-2, 100
-"""Most steps of AdamW, samples of each of them, largest rate, weight decay, and steps from one check to the next."""
-
+MEMBERS, WIDTH, LAYERS = 4, 64, 3  # of the committee
+STEPS, BATCH, EVERY = 1500, 256, 100  # most steps of AdamW, samples of each, and steps from one check to the next
+RATE, DECAY = 3e-3, 1e-2  # largest rate, and weight decay
 EDGES = (0.001, 0.999)  # quantiles of a column beyond which rows count as lying there
 EDGE_ROWS = 20_000  # rows that these are measured on
 WORSE = 0.02  # nats above its best at which a member has learned its training rows by heart
 
-TREES, DEPTH, SHRINKAGE, PATIENCE = 300, 4, 0.05, 20
-"""Most trees, their depth, how much of each is added, and trees without a gain that end the boosting."""
-
+TREES, PATIENCE = 300, 20  # most trees, and trees without a gain that end the boosting
+DEPTH, SHRINKAGE = 4, 0.05  # of each, and how much of it is added
 TREE_ROWS, TREE_COLUMNS = 4000, 8  # most rows and columns that a tree is grown from; at most half of them all
 MOST_ROWS = 50_000  # rows that classifiers are trained on, at most
 FEW = 20  # rows too few to hold some out for the end of the boosting

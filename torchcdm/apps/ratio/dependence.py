@@ -23,9 +23,8 @@ from torchcdm.apps.ratio.coordinates import unmixing
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import map_rows
 
-STEPS, RATE, DECAY, RANK = 600, 5e-3, 0.5, 16
-"""Most steps of the networks, their largest rate, weight decay, and products in their log ratio."""
-
+STEPS, RATE, DECAY = 600, 5e-3, 0.5  # most steps of the networks, their largest rate, and weight decay
+RANK = 16  # products in their log ratio
 CHECKED = 1000  # rows of a fold on which a step is judged: the loss is of all pairs among them
 STRANGERS = 2  # strangers of each row that estimates are compared on
 
@@ -35,9 +34,8 @@ WIDEST = 2000  # features of both sides beyond which there are no variates: thei
 # Standard errors from 0 that the weight of a feature needs to stay, in turn: few features, less noise in variates.
 SIGNIFICANT = 2.0, 3.0, 4.0
 
-TREES, LEAVES, SHRINKAGE, MIN_STOPPING = 100, 16, 0.1, 200
-"""Most boosted trees, their leaves, how much of each is added, and rows that allow to hold some out for their end."""
-
+TREES, LEAVES, SHRINKAGE = 100, 16, 0.1  # most boosted trees, their leaves, and how much of each is added
+MIN_STOPPING = 200  # rows that allow to hold some out for the end of the boosting
 FEW = 8  # columns of a side that trees are given beside its variates, at most
 
 LogRatio = Callable[[np.ndarray, np.ndarray], np.ndarray]
