@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.files import write_file
+from torchcdm.runtime.files import written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +90,7 @@ def row_of_axes(count: int, height: float = 3.6) -> list[Axes]:
 def panels(path: Path, count: int = 1) -> Iterator[list[Axes]]:
     """A row of panels to draw on, then written in the format of the path's suffix."""
     check_figure(path)
-    axes, content = row_of_axes(count), io.BytesIO()
+    axes = row_of_axes(count)
     yield axes
-    axes[0].figure.savefig(content, dpi=120, format=path.suffix[1:])
-    write_file(path, content.getvalue())
+    with written(path) as file:
+        axes[0].figure.savefig(file, dpi=120, format=path.suffix[1:])
