@@ -102,12 +102,14 @@ def sample(
     units: Literal["data", "codes", "model"] = "data", corrector: CountOrZero | None = None,
     particles: CountOrZero = 0, sweeps: CountOrZero = 0, details: bool = False, progress: bool = False,
 ) -> Any:  # fmt: skip
-    """Draws samples of a model or of a composed density.
+    """Draws samples of a model or of a composed density: (n, *shape) on the CPU, a data frame of a model of a table.
 
     By default 25 steps: of images a stochastic Adams solver (``sa2``), of vectors DPM-Solver++ (``dpm++``), of a
     composed density the reverse chain (``ddpm``) with a move that is accepted or rejected after each. Exactly
     ``steps`` levels are visited, level T first; level 0 is reached last. Sample i depends on ``seed`` and i, not on
-    batch size or device; placed steps and moves also on which classes are asked for.
+    batch size or device; placed steps and moves also on which classes are asked for. UserError for a request that
+    makes no sense, such as more steps than T, labels of an unconditional model, or no known shape; for a model without
+    a density; for weights that vanish everywhere.
 
     Args:
         model: Any denoiser, put in eval mode meanwhile; corrections need a density.
@@ -134,13 +136,6 @@ def sample(
         sweeps: Sweeps of replica exchange after it, 4 where fewer are given; particles are its independent columns.
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
-
-    Returns:
-        Samples ``(n, *shape)`` on the CPU, a data frame of a model of a table; or :class:`Draws`.
-
-    Raises:
-        UserError: A request that makes no sense, such as more steps than T, labels of an unconditional model, or no
-            known shape; a model without a density; weights that vanish everywhere.
     """
     if corrector is None:
         corrector = int(bool(particles or (model.composed and sampler is None)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import final
 
 import numpy as np
@@ -280,11 +281,8 @@ def fit_class_gaussians(
         share, shrinkage = _best_share(list(map(mean_and_spread, own)), unseen, schedule, floor)
     spreads = [mean_and_spread(samples[labels == y]) for y in present]
     own = dict(zip(present, _blended(spreads, share, shrinkage, schedule, floor), strict=True))
-    common, *others = (
-        own[y] if y in own else GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
-        for y in range(-1, max(classes, present[-1] + 1))
-    )
-    common.classes.extend(others)
+    common = GaussianMarginals.of_spread(schedule, *mean_and_spread(samples), floor)
+    common.classes.extend([own.get(y) or deepcopy(common) for y in range(max(classes, present[-1] + 1))])
     return common
 
 

@@ -73,7 +73,7 @@ class TableEstimator(BaseEstimator):
             :meth:`_sized` has a number. So is their shrinkage, unless ``overrides`` has a ``model.shrinkage``.
         patience: Training stops after so many validations without a new best; see also ``train.validate_every``.
         max_seconds: Training stops after so much time, the choice of the mixture included.
-        validation_fraction: Share of the rows that early stopping watches, and that training does not see.
+        validation_fraction: Share of the rows that early stopping watches, and that training sees no copy of.
         discrete: What to do with values that come back: ``dequantize`` adds noise over a cell around each, ``error``
             refuses columns that have any.
         overrides: Any other fields of a configuration, ``{"loss": {"ce_weight": 1.0}}``; stronger than all above.
