@@ -1,6 +1,8 @@
 """Likelihoods: from one pass, as bounds, by the probability flow of the same network, and how they compare.
 
-Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their numbers compare.
+Every likelihood takes ``(model, x, y=None, scoring=Scoring())``, so that their numbers compare: a model with a
+transform, which is put into evaluation mode meanwhile; data ``x``, data units (N, *shape); their classes ``y``, long
+(N,), for the conditional density. UserError for data, labels or a level that do not fit the model.
 """
 
 from torchcdm.likelihood.elbo import elbo

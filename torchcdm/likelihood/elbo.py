@@ -40,16 +40,11 @@ def elbo(
         - \log P(k|x_l) + \log q(x_l|k) - \log q(x_l|x_0)]
 
     x_0 is the dequantised data where the model has seen those. One draw of noise for each level, independent of the
-    others: the terms don't need a path. UserError for data, a level, or evaluations that do not fit the model.
+    others: the terms don't need a path.
 
-    Args:
-        denoiser: Any denoiser with a transform; put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        scoring: Level l from which the data are decoded, 1 ... T - 1; seed and batch size.
-        kernels: The chain's; with the reference Gaussian's variances when None.
-        evaluations: Network evaluations of each sample, at least 2: an unbiased estimate of the same bound from so
-            many strata of the levels, a random level of each. One for each level when None.
+    Of ``scoring`` level l, 1 ... T - 1, seed and batch size are used. The chain's ``kernels``, when None, have the
+    variances of the reference Gaussian. Network ``evaluations`` of each sample, 2 ... T - l + 1, give an unbiased
+    estimate of the same bound from so many strata of the levels, a random level of each; one of each level when None.
     """
     (x, y), transform, level = as_data(denoiser, x, y, scoring), denoiser.transform, scoring.level_of(denoiser)
     schedule, kernels = denoiser.schedule, kernels or Kernels(reference_gaussian(denoiser))

@@ -26,12 +26,8 @@ def single_pass(
     On a grid: the dequantisation bound at level 0, the bound through a noisy level above. Continuous data: the density
     at the level; above 0 that of data plus noise r_t. Valid if it integrates to one: see :func:`log_normalizer`.
 
-    Args:
-        model: Put into evaluation mode meanwhile.
-        x: Data units, (N, *shape).
-        y: Classes, long (N,), or None.
-        scoring: Level 0 ... T, draws, seed and batch size.
-        dither: Without it grey levels are scored as they are at level 0, as in the paper: no bound on a code length.
+    Of ``scoring`` level 0 ... T, draws, seed and batch size are used. Without ``dither`` grey levels are scored as
+    they are at level 0, as in the paper: no bound on a code length.
     """
     model, (x, y) = require_density(model, "one pass"), as_data(model, x, y, scoring)
     level, transform = scoring.level_of(model, 0, model.schedule.T), model.transform
