@@ -13,6 +13,7 @@ from torchcdm.data import DataSource, from_object
 from torchcdm.errors import UserError
 from torchcdm.training import fit
 from torchcdm.training.config_files import file_fields, make_config, preset_fields, to_yaml
+from torchcdm.training.finish import FLOW_COST, affordable, samples_to_draw
 
 
 def images(n: int = 60, side: int = 8) -> DataSource:
@@ -59,34 +60,30 @@ def test_a_plain_model_has_the_unet_of_the_width(monkeypatch):
     assert fit.with_budget([*layers, {"train": {"steps": 3}}], images(100), None, "cpu").model.backbone.channels == 32
 
 
-def test_after_few_steps_little_is_drawn_and_reported(tmp_path):
-    def counts(*layers):
-        config = fit.with_budget([preset_fields("encoder"), *layers], images(100), None, "cpu")
-        return config.report.limit, config.sampling.n
-
-    assert counts({"train": {"steps": 30}}) == (8, 9)
-    assert counts({"train": {"steps": 2000}}) == (91, 64) and counts({"train": {"steps": 20_000}}) == (500, 64)
-    assert counts({"train": {"steps": 30}, "report": {"limit": 77}, "sampling": {"n": 0}}) == (77, 0)
+def test_after_few_steps_little_is_drawn_and_reported():
+    config = make_config(preset_fields("encoder"))
+    assert [samples_to_draw(config, steps) for steps in (30, 2000)] == [9, 64]
+    assert [affordable(config, steps, FLOW_COST, 8, 500) for steps in (30, 2000, 20_000)] == [8, 91, 500]
+    assert config.report.limit is None and samples_to_draw(make_config({"sampling": {"n": 0}}), 30) == 0
     # Of a preset for data that it knows the report is that of its published numbers.
-    assert fit.with_budget([preset_fields("digits"), {"train": {"steps": 30}}], None, None, "cpu").report.limit > 8
+    assert make_config(preset_fields("digits")).report.limit == 500
 
 
-@pytest.mark.parametrize("preset", [[], ["encoder"]])
-def test_a_resume_with_more_steps_draws_and_reports_more(tmp_path, monkeypatch, preset):
+@pytest.mark.parametrize("again", [[], ["encoder"]])
+def test_a_resume_goes_on_as_the_run_was_but_for_what_is_given(tmp_path, monkeypatch, again):
     configs = []
     monkeypatch.setattr("torchcdm.cli.training.trained", lambda config, *_: configs.append(config) or sys.exit(0))
 
-    def counts(*words):
+    def settings(*words):
         with pytest.raises(SystemExit):
             main(["train", *words, "--out", str(tmp_path), "--device", "cpu", "--quiet"])
         (tmp_path / "config.yaml").write_text(to_yaml(configs[-1]))
-        return configs[-1].train.steps, configs[-1].report.limit, configs[-1].sampling.n
+        return configs[-1].train.steps, configs[-1].train.lr, configs[-1].report.limit, configs[-1].data.spec
 
-    assert counts("encoder", "--data", "digits", "--steps", "30") == (30, 8, 9)
-    assert counts(*preset, "--resume") == (30, 8, 9)
-    assert counts(*preset, "--resume", "--steps", "2000") == (2000, 91, 64)
-    assert counts(*preset, "--resume", "--report.limit", "5") == (2000, 5, 64)
-    assert counts(*preset, "--resume", "--steps", "3000") == (3000, 5, 64)
+    assert settings("encoder", "--data", "digits", "--steps", "30", "--train.lr", "1e-3") == (30, 1e-3, None, "digits")
+    assert settings(*again, "--resume") == (30, 1e-3, None, "digits")
+    assert settings(*again, "--resume", "--steps", "2000", "--report.limit", "5") == (2000, 1e-3, 5, "digits")
+    assert settings(*again, "--resume", "--steps", "3000") == (3000, 1e-3, 5, "digits")
 
 
 def test_what_the_user_gives_is_not_chosen(monkeypatch):

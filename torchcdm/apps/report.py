@@ -24,6 +24,7 @@ from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate
+from torchcdm.training.finish import FLOW_COST, affordable
 from torchcdm.training.run_folder import RunFolder, read_metrics
 from torchcdm.units import DataTransform, GaussianizedTransform
 
@@ -36,7 +37,9 @@ def write_report(
     folder = RunFolder(run)
     config, weights, model = make_config(file_fields(folder.config)), weights_of(folder.root), load(run, device)
     split_name = next(name for name in ("test", "validation", "train") if getattr(source, name))
-    split, limit = getattr(source, split_name), config.report.limit
+    split, limit, lines = getattr(source, split_name), config.report.limit, read_metrics(folder.metrics)
+    last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
+    limit = affordable(config, last["step"], FLOW_COST, 8, 500) if limit is None else limit
     evaluation = evaluate(model, split, limit)
     nll, beside = None, []
     methods = [method for method in config.report.methods if method in methods_of(model)]
@@ -52,10 +55,8 @@ def write_report(
         beside = _beside(source, x) if config.report.baselines else []
         if nll.gaps is not None:
             plots.gaps_to_flow(nll.gaps, folder.plots / "gaps.png")
-    lines = read_metrics(folder.metrics)
     plots.training_curves(lines, folder.plots / "training.png")
     plots.level_errors(evaluation["per_level"], folder.plots / "levels.png")
-    last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
     versions = {"torchcdm": __version__, "torch": torch.__version__, "numpy": np.__version__}
     numbers = {
         "preset": config.preset,

@@ -63,14 +63,18 @@ def train(options: argparse.Namespace) -> None:
 
 def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config, DataSource | None]:
     """Preset, file and flags, the last strongest; a preset that scales itself needs the data, which are given too."""
+    run, source = RunFolder(options.out), None
     layers = [] if options.preset is None else [preset_fields(options.preset)]
+    saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
+    if saved and options.preset in (None, saved.get("preset")):
+        # A run goes on as it was, but for what is given; what was scaled too: no two measurements of a step agree.
+        share = TRAINING_SHARE if saved.get("preset") == SCALED else 1.0
+        time = {} if options.budget is None else {"max_seconds": share * seconds_of(options.budget)}
+        layers = [saved, {"train": time}]
     if options.config is not None:
         layers.append(file_fields(options.config))
-    run, source = RunFolder(options.out), None
-    saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
-    if not (layers or saved):
+    if not layers:
         raise UserError("give a preset or --config FILE; cdm presets lists the presets")
-    layers = layers or [saved]
     texts = given(**{name: getattr(options, name) for name in SHORT})
     data: dict[str, Any] = {name: parse_size(texts.pop(name)) for name in texts.keys() & {"size", "crop"}}
     data |= {name: texts.pop(name).split(",") for name in texts.keys() & {"columns", "drop"}}
@@ -78,20 +82,7 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
     train = {"compile": True} if options.compile else {}
     short = flag_fields((SHORT[name][0], text) for name, text in texts.items())
     layers.append(merge(merge(short, {"data": data, "train": train}), flag_fields(options.fields)))
-    named = options.preset if layers[0] is not saved else saved.get("preset")
-    if saved.get("preset") == named == SCALED:
-        # What was scaled stays as it was: times differ from one measurement to the next. Only the time may change.
-        share = TRAINING_SHARE if scales([preset_fields(SCALED), *layers[1:]], options.budget) else 1.0
-        time = {} if options.budget is None else {"max_seconds": share * seconds_of(options.budget)}
-        was, layers[0] = make_config(saved), preset_fields(SCALED)
-        chosen = with_budget([layers[0], {"train": saved.get("train", {})}], None, None, None)
-        for section, name in (("report", "limit"), ("sampling", "n")):  # what its steps chose is chosen anew
-            if getattr(getattr(was, section), name) == getattr(getattr(chosen, section), name):
-                saved.get(section, {}).pop(name, None)
-        layers[1:1] = saved, {"train": time}
-    elif saved and saved.get("preset") == options.preset is not None:
-        layers.insert(1, {"data": saved.get("data", {})})
-    elif scales(layers, options.budget) and not several() and not run.holds_run():
+    if scales(layers, options.budget) and not several() and not run.holds_run():
         source = load_source(make_config(*layers).data, progress)
     return with_budget(layers, source, options.budget, options.device, progress), source
 

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from torchcdm.annealing.ratios import best_constants
-from torchcdm.compose.sampling import Draws, sample
+from torchcdm.compose.sampling import STEPS, Draws, sample
 from torchcdm.data import DataSource
 from torchcdm.data.outputs import save_manifest, save_sheet
 from torchcdm.errors import UserError
@@ -40,14 +40,27 @@ from torchcdm.units import standard_error
 
 FEWEST_COPIES = 20  # noisy copies at each level, of all samples together
 COMPARED = 1000  # samples of a split that models are compared on
+TIME = 0.05  # of the training's, that samples take where their number is open; and so does the flow of the report
+FLOW_COST = 70  # passes of training that the flow of one sample takes as long as
 FAR = 0.1  # nats a number by which validation may be worse than training, if more than three standard errors
 
 
+def affordable(config: Config, steps: int, cost: int, least: int, most: int) -> int:
+    """So many samples as take ``TIME`` of that of the ``steps``, where each takes as long as ``cost`` passes of it."""
+    return min(max(least, int(TIME * steps * config.train.batch_size / cost)), most)
+
+
+def samples_to_draw(config: Config, steps: int) -> int:
+    """The number of samples that a run draws of itself after so many steps."""
+    sampling = config.sampling
+    return affordable(config, steps, sampling.steps or STEPS, 9, 64) if sampling.n is None else sampling.n
+
+
 def save_samples(
-    model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str, progress: bool = False
+    model: Denoiser, run: RunFolder, config: Config, source: DataSource, name: str, n: int, progress: bool = False
 ) -> Path:
-    """Draws samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
-    n, seed = config.sampling.n, config.train.seed
+    """Draws ``n`` samples; gives the path of their sheet, called ``name``, and writes the manifest beside it."""
+    seed = config.train.seed
     named = model.classes is not None and config.data.clusters is None
     y = balanced_labels(n, model.classes) if named else None
     guidance = 0.0 if y is None else config.sampling.guidance

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from torchcdm.compose.sampling import STEPS
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason, warn
@@ -44,8 +43,7 @@ OF_FILES, AFTER_READING = ("spec", "size", "crop", "channels", "label"), ("gauss
 SCALED = "encoder"  # the preset that scales itself, where neither steps nor a network are given
 DEFAULT = 1800.0  # its seconds, where no time is given
 SIZES = ((16, 16), (24, 16), (32, 16), (32, 32), (48, 32), (64, 64), (96, 64))  # widths and batches, cheap ones first
-TRAINING_SHARE, SAMPLING_SHARE, REPORT_SHARE = 0.8, 0.04, 0.04  # of the time; the report's is for its flow
-FLOW_COST = 70  # passes of training that the flow of one sample takes as long as
+TRAINING_SHARE = 0.8  # of the time
 TIMED_STEPS = 6
 WANTED_STEPS = 2500  # that the time must hold for a larger size to be taken
 EPOCHS = 300  # most times that a sample is seen
@@ -288,7 +286,6 @@ def with_budget(
     """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
-    After few steps that were asked for it draws few samples and reports on few, in the shares of time above.
     The network of a ddm is as of :func:`torchcdm.training.build.plain_model`.
     """
 
@@ -299,10 +296,7 @@ def with_budget(
     seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
-        config = made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
-        if preset != preset_fields(SCALED) or config.train.max_seconds is not None:
-            return config
-        return made(preset, _counts(config, config.train.steps * config.train.batch_size / TRAINING_SHARE), *given)
+        return made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
     seconds = seconds or DEFAULT
     training, asked = TRAINING_SHARE * seconds, made(preset, *given)
     source = in_units(source, asked.data)
@@ -328,20 +322,12 @@ def with_budget(
     train = {"batch_size": batch, "max_seconds": training, "steps": most, "patience": None, "warmup": 50}
     train |= {"validate_every": every, "save_every": every, "sample_every": None, "validation_samples": 500}
     train |= {"log_every": min(max(1, steps // 100), 50), "ema_decay": 0.995 if steps < 5000 else 0.999}
-    layer = {"model": {**base, "backbone": network}, "train": train} | _counts(asked, seconds * batch / took)
+    layer = {"model": {**base, "backbone": network}, "train": train}
     if progress:
         what = f"{count} images of {'x'.join(map(str, source.shape))} and {seconds:g} s"
         size = f"width {width} at {len(multipliers)} resolutions, batches of {batch}"
         print(f"scaled to {what}: {size}, about {steps} steps of {took:.2g} s")
     return made(preset, layer, *given)
-
-
-def _counts(config: Config, passes: float) -> dict[str, Any]:
-    """Samples that are drawn and reported on, in their shares of the time of so many ``passes`` of training."""
-    report = int(REPORT_SHARE * passes / FLOW_COST)
-    drawn = int(SAMPLING_SHARE * passes / (config.sampling.steps or STEPS))
-    limit, n = min(max(8, report), config.report.limit), min(max(9, drawn), config.sampling.n)
-    return {"report": {"limit": limit}, "sampling": {"n": n}}
 
 
 def multipliers_of(height: int, width: int) -> list[int]:

@@ -31,7 +31,7 @@ from torchcdm.training.batches import Batch, Batches
 from torchcdm.training.build import base_in_words, build_loss, choose_base, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Best, Selection, labels_for
-from torchcdm.training.finish import calibrate_levels, compare, save_samples
+from torchcdm.training.finish import calibrate_levels, compare, samples_to_draw, save_samples
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
 from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
 from torchcdm.training.settings import Config
@@ -164,8 +164,8 @@ class Trainer:
             if not self.run.model.exists():
                 raise NotFinite(f"training: no validation had a finite {self.selection.value}; lower --train.lr")
             outcome = self._finish()
-            if self.config.sampling.n:
-                samples = save_samples(self.ema.model, self.run, self.config, self.source, "final", self.progress)
+            if n := samples_to_draw(self.config, self.step):
+                samples = save_samples(self.ema.model, self.run, self.config, self.source, "final", n, self.progress)
             self._report(outcome)
         self.processes.accelerator.wait_for_everyone()
         self.processes.end()
@@ -294,9 +294,9 @@ class Trainer:
         # After the state, so that a run that is killed in between can go on.
         if keep and _finite(self.ema.model):
             self.save_model()
-        sampled = options.sample_every and self.config.sampling.n and step % options.sample_every == 0
-        if sampled and self.main and not last:
-            save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}")
+        n, sampled = samples_to_draw(self.config, step), options.sample_every and step % options.sample_every == 0
+        if n and sampled and self.main and not last:
+            save_samples(self.ema.model, self.run, self.config, self.source, f"step-{step:07d}", n)
 
     def _finish(self) -> dict[str, Any] | None:
         """Calibrates the best model, compares it with its start and keeps the better one of these; gives what
