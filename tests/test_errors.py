@@ -34,6 +34,16 @@ def test_a_network_that_fails_without_a_word_is_refused():
         check_network(Failing(2, 12), source, levels=12)
 
 
+def test_a_network_without_gradient_in_its_input_is_refused():
+    class Detached(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.detach())
+
+    source = from_object([[float(k), -float(k)] for k in range(20)])
+    with pytest.raises(UserError, match="has no gradient in its input"):
+        check_network(Detached(2, 12), source, levels=12)
+
+
 class Activated(nn.Module):
     """Two layers with a head that is zero at first; the scale is positive, whatever its weight."""
 

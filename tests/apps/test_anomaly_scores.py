@@ -316,6 +316,7 @@ def test_dropout_is_off_while_scoring_and_the_mode_is_left_as_it_was(mixture):
     ("act", "message"),
     [
         (lambda m: AnomalyDetector("level", m), "unknown anomaly score 'level'; did you mean 'levels'"),
+        (lambda m: AnomalyDetector(m, "levels"), r"unknown anomaly score [^\n]{1,90}; choose from: coarse"),
         (lambda m: AnomalyDetector("ratio", m), "the score 'ratio' needs a background model"),
         (lambda m: AnomalyDetector("levels", m, m), "the score 'levels' takes no background model"),
         (lambda m: AnomalyDetector("levels", m).fit(torch.zeros(0, 2)), "inputs have shape .0, 2.; give at least one"),

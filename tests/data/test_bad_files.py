@@ -376,7 +376,7 @@ class Levels:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a,b\n1,2\n\xff,3\n", "cannot be read as a table in UTF-8"),
+        (b"a,b\n1,2\n\xff,3\n", "spreadsheets save it so as 'CSV UTF-8'"),
         (b"a,b\n1,2\n3\n", "line 3 has 1 cells, the first line has 2"),
         (
             b"a,b\n1,2\n" + b"3,4\n" * 20 + b"5,x\ny,2,7\ny,2\n",

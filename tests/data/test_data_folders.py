@@ -241,8 +241,13 @@ def test_resize_averages_and_does_not_mix_channels():
 
 @pytest.mark.parametrize(
     ("other", "mend"),
-    [(picture(1, (5, 8, 3)), "give size (HxW)"), (picture(1, (5, 7)), "give channels"), (None, "one depth")],
-    ids=["size", "channels", "depth"],
+    [
+        (picture(1, (5, 8, 3)), "8 bit; give size or crop (HxW)"),
+        (picture(1, (5, 7)), "8 bit; give channels, 1 or 3, to convert"),
+        (picture(1, (5, 8)), "give channels, 1 or 3, to convert; give size or crop (HxW)"),
+        (None, "one depth"),
+    ],
+    ids=["size", "channels", "both", "depth"],
 )
 def test_mixed_images_name_two_files_and_the_option(tmp_path, other, mend):
     shape = (5, 7) if other is None else (5, 7, 3)

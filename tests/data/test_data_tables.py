@@ -135,6 +135,7 @@ def test_bad_cells_name_column_and_line(tmp_path, cell, message):
         ("t.csv", "# a comment\na,b\n1,2\n", "line 2 has 2 cells, the first line has 1"),
         ("t.csv", "a,a\n1,2\n", "two columns are called 'a'"),
         ("t.csv", "a\n" + "1\n" * 20, "every column is constant"),
+        ("t.csv", "a|b\n" + "".join(f"{k}|{k}.5\n" for k in range(20)), r"no column is left .* 'a\|b' holds 20 texts"),
         ("t.csv", "a\n1\n2\n3\n", "too few samples, 3"),
         ("t.xlsx", "PK", "tables are read from .csv"),
     ],
@@ -143,6 +144,13 @@ def test_bad_tables(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_data(f"table:{tmp_path / name}")
+
+
+@pytest.mark.parametrize(("header", "names"), [("", ("c0", "c1")), ("size, cm;weight\n", ("size, cm", "weight"))])
+def test_semicolons_and_decimal_commas(tmp_path, header, names):
+    (tmp_path / "t.csv").write_text(header + "".join(f"{k},5;{k % 7}\n" for k in range(20)))
+    source = load_data(f"table:{tmp_path / 't.csv'}")
+    assert source.transform.table.names == names and sum(map(len, source.splits.values())) == 20
 
 
 def test_unknown_label_column_lists_those_found(tmp_path, values):

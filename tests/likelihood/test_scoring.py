@@ -39,6 +39,15 @@ def test_all_calls_work_with_model_and_data_alone(lattice):
     assert abs(z.value) < 0.2 and z.usable
 
 
+def test_samples_off_the_grid_are_told(lattice):
+    model, x = lattice
+    shifted = x.double().clone()
+    shifted[:3] += 0.5 * model.transform.bin
+    for name in SINGLE:
+        with pytest.warns(UserWarning, match="values between the grey levels have no code length"):
+            getattr(torchcdm.likelihood, name)(model, shifted)
+
+
 def test_gaps_have_one_sign(lattice):
     model, x = lattice
     one_pass, flow = (getattr(torchcdm.likelihood, name)(model, x) for name in ("single_pass", "probability_flow"))

@@ -111,8 +111,14 @@ def test_damage_is_told_in_one_line(tmp_path, source, break_it, message):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match="nowhere: holds no trained model"):
+    with pytest.raises(UserError, match=r"nowhere: holds no trained model \(there is no such folder\)"):
         load(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="no such folder"):
+        load(tmp_path / "file")
+    (tmp_path / "stopped" / "state" / "step-3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"stopped: holds no trained model .stopped before a validation."):
+        load(tmp_path / "stopped")
 
 
 def test_devices_that_are_none_and_swapped_arguments(tmp_path):

@@ -136,10 +136,10 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
         other, first = next(iter(good.items()))
         mends = {
             "convert the files to one depth": info.high != first.high,
-            "give channels to convert": options.channels is None and info.channels != first.channels,
-            "give size (HxW) to resize": options.size is None and options.crop is None and info.size != first.size,
+            "give channels, 1 or 3, to convert": options.channels is None and info.channels != first.channels,
+            "give size or crop (HxW)": options.size is None and options.crop is None and info.size != first.size,
         }
-        for mend in (mend for mend, wrong in mends.items() if wrong):
+        if mend := "; ".join(mend for mend, needed in mends.items() if needed):
             raise UserError(f"images differ: {other} has {first}; {path} has {info}; {mend}")
     if not good:
         what = f"neither this nor any other of the {len(paths)} image files can be used"

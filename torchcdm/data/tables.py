@@ -130,19 +130,20 @@ def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
     def numbers(cells: Sequence[str]) -> bool:
         return bool(pd.to_numeric(pd.Series(cells), errors="coerce").notna().all())
 
-    with reading(path, "a table in UTF-8") as raw:
+    with reading(path, "a table in UTF-8", "; spreadsheets save it so as 'CSV UTF-8'") as raw:
         binary = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
         text = io.TextIOWrapper(io.BufferedReader(binary), "utf-8-sig", newline="")
         first = text.readline()
         spaced = first.strip().split(" ")
-        separator = " " if len(spaced) > 1 and numbers(spaced) else max(",;\t", key=first.count)
+        marks = ";,\t" if ";" in first else ",\t"  # as many commas as semicolons are decimal ones
+        separator = " " if len(spaced) > 1 and numbers(spaced) else max(marks, key=first.count)
         text.seek(0)
         rows = csv.reader(text, delimiter=separator)
         lines = [(rows.line_num, row) for row in rows if row]
     if not lines:
         raise UserError(f"{path}: the file is empty")
     header, notes, problems = [cell.strip() for cell in lines[0][1]], [], []
-    if numbers(header):
+    if numbers([cell.replace(",", ".") for cell in header]):
         header = [f"c{k}" for k in range(len(header))]
         notes.append(f"no line of column names: columns are called c0 ... c{len(header) - 1}.")
     else:

@@ -9,7 +9,7 @@ import torch
 from annotated_types import Ge, Le, MultipleOf
 from torch import Generator, Tensor
 
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, warn
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.inputs import LARGEST, as_numbers
 from torchcdm.random import stream
@@ -63,7 +63,10 @@ def as_data(model: Denoiser, x: Any, y: Any, scoring: Scoring) -> tuple[Tensor, 
     if not isinstance(scoring, Scoring):
         raise UserError(f"scoring is {type(scoring).__name__}; give a likelihood.Scoring(level=..., draws=...)")
     x = as_numbers(x, x.device if isinstance(x, Tensor) else torch.device("cpu"), model.transform)
-    return x, model.check_inputs(x, y=y, data=True)
+    y = model.check_inputs(x, y=y, data=True)
+    if model.transform.bin is not None and (x - model.transform.quantize(x)).abs().max() > model.transform.bin / 4:
+        warn("samples with values between the grey levels have no code length: give model.transform.quantize(x)")
+    return x, y
 
 
 def scoring_level(model: Denoiser, times: float = 1.0) -> int:

@@ -173,7 +173,7 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
         found.append(("worse than a Gaussian", says, "leave out --model.gaussian and --model.components"))
     if best > uniform:
         says = f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}"
-        mend = "leave out --model.gaussian and --model.shrinkage, or train longer; look for outliers in the data"
+        mend = "look for outliers in the data; train longer; leave out --model.gaussian and --model.shrinkage"
         found.append(("worse than a uniform density", says, mend))
     return [dict(zip(("name", "says", "mend"), problem, strict=True)) for problem in found]
 

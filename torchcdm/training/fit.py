@@ -189,6 +189,8 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
     while new:
         seen |= new
         new = {parent for node in new for parent, _ in node.next_functions} - seen - {None}
+    if not any(getattr(node, "variable", None) is x for node in seen):
+        raise UserError("the network's output has no gradient in its input: leave out detach() and torch.no_grad()")
     if kinked := {node.name().removesuffix("Backward0") for node in seen} & KINKED:
         what = f"the network has a {min(kinked)}, whose kinks make the denoiser jump"
         warn(f"{what}: use nn.SiLU, or another smooth activation")

@@ -179,6 +179,8 @@ class TableEncoding:
                 continue
             notes += [note] if note else []
             columns += [column] if column else []
+        if not (columns or problems):
+            raise UserError(f"{name}: no column is left to learn from; {' '.join(notes[:SHOWN])}")
         result = cls(tuple(columns))
         frame = frame.copy(deep=False)
         note_down(frame, problems=[*noted(frame, "problems"), *problems])

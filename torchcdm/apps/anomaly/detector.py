@@ -20,7 +20,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
-from torchcdm.runtime.validation import ProperShare, checked
+from torchcdm.runtime.validation import ProperShare, checked, shown
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
@@ -47,7 +47,7 @@ class AnomalyDetector:
 
     def __init__(self, name: str, model: Denoiser, background: Denoiser | None = None) -> None:
         if name not in SCORES:
-            raise UserError(f"unknown anomaly score '{name}'; {nearest(name, SCORES)}")
+            raise UserError(f"unknown anomaly score {shown(name)}; {nearest(name, SCORES)}")
         if (name == "ratio") != (background is not None):
             problem = "needs a background model" if background is None else "takes no background model"
             raise UserError(f"the score '{name}' {problem}; 'ratio' is the one that compares two models")
