@@ -8,7 +8,7 @@ from torchcdm.training.settings import Config
 
 SMALL = {
     "model.backbone": "{name: encoder, width: 8, multipliers: [1, 2], blocks: 1, energy_maps: 4, dropout: 0.2, "
-    "positions: false}",
+    "positions: false, pooled: [16, 32]}",
     "model.schedule": "{name: uniform-sigma, T: 20}",
     "train.steps": "12",
     "train.batch_size": "32",

@@ -100,7 +100,8 @@ def image_model(gaussianize: bool = False, gaussian: bool = True) -> Classificat
         transform = GaussianizedTransform.fit(transform, [x])
     z = transform.encode(x, torch.Generator().manual_seed(0))
     base = GaussianMarginals.fit(z, schedule, 1e-3, shrinkage=0.1) if gaussian else None
-    net = Encoder(1, 8, levels=14, width=8, multipliers=(1, 2), blocks=1, energy_maps=4, positions=True)
+    net = Encoder(1, 8, levels=14, width=8, multipliers=(1, 2), blocks=1, energy_maps=4, positions=True,
+                  pooled=(16, 32))  # fmt: skip
     return with_weights(ClassificationDiffusion(net, schedule, transform, base))
 
 
@@ -108,7 +109,8 @@ def joint_model() -> ClassificationDiffusion:
     schedule, x, y = UniformSigmaSchedule(12), grey(90), torch.arange(90) % 3
     transform = DataTransform((1, 8, 8), **GREY)
     base = fit_class_gaussians(transform.encode(x + y[:, None, None, None], torch.Generator()), y, schedule, 1e-3)
-    net = Encoder(1, 8, levels=14, width=8, multipliers=(1, 2), blocks=1, energy_maps=4, classes=3, joint=True)
+    net = Encoder(1, 8, levels=14, width=8, multipliers=(1, 2), blocks=1, energy_maps=4, classes=3, joint=True,
+                  pooled=(16, 32))  # fmt: skip
     prior = torch.tensor([2.0, 1.0, 1.0])
     return with_weights(ClassificationDiffusion(net, schedule, transform, base, prior))
 

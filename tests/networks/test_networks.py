@@ -154,7 +154,7 @@ def test_inner_products_put_the_features_into_the_gradient(name):
     build, shape, _ = NETWORKS[name]
     network = randomised(build())
     energy = network.energy if name == "mlp" else network.summaries[1].energy
-    pooled = 16 if name == "mlp" else network.summaries[0].features + 2 * 16
+    pooled = 16 if name == "mlp" else network.summaries[0].features + 64
     # Constant features of 1, and a head that sees one inner product alone: h_0 is a multiple of the sum of x.
     energy.weight.data.zero_()
     energy.bias.data.fill_(1)
@@ -183,6 +183,7 @@ def test_head_channels_and_direction_of_the_unet():
     (lambda: MLP(2, LEVELS, width=-3), "MLP: width is -3; it must be at least 1"),
     (lambda: MLP(2, LEVELS, dropout=float("nan")), "dropout is nan; it must be a finite number"),
     (lambda: Encoder(1, 8, LEVELS, energy_maps=-2), "energy_maps is -2; it must be at least 1"),
+    (lambda: Encoder(1, 8, LEVELS, pooled=[8, 8]), "pooled has 2 numbers for 3 resolutions; give one for each"),
     (lambda: Encoder(1, 8, LEVELS, multipliers=[1, "x"]), r"multipliers\[1\] is 'x'; it must be a valid integer"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="dat"), "did you mean 'data'"),
     (lambda: CDMUNet(1, 8, LEVELS, **SMALL, direction="data", classes=3, joint=True), "leave direction out"),
@@ -192,6 +193,11 @@ def test_mistakes_are_named(call, message):
     with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("multipliers, pooled", [((1,), [32]), ((1, 2, 2), [2, 16, 64]), ((1, 2, 2, 3), [2, 4, 16, 96])])
+def test_fewer_features_are_pooled_where_pixels_are_many(multipliers, pooled):
+    assert [summary.pooled.out_channels for summary in Encoder(1, 8, LEVELS, 8, multipliers).summaries] == pooled
 
 
 @pytest.mark.parametrize("hidden", [None, 5])
@@ -204,7 +210,7 @@ def test_an_encoder_in_half_precision_has_logits_in_float32(hidden):
 
 
 def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolution():
-    summary, h, image = Summary(4, 3, 5).double(), batch(2, (4, 6, 7)), batch(2, (3, 6, 7), seed=2)
+    summary, h, image = Summary(4, 3, 8, 5).double(), batch(2, (4, 6, 7)), batch(2, (3, 6, 7), seed=2)
     active = torch.nn.functional.silu(summary.norm(h))
     maps = summary.energy(active).unflatten(1, (5, 3))
     pooled = torch.nn.functional.conv2d(active, summary.pooled.weight, summary.pooled.bias)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from torchcdm.errors import UserError
 from torchcdm.networks import blocks as parts
 from torchcdm.networks.heads import HeadedBackbone, at_least_float32, make_head
 from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, checked
@@ -14,18 +16,18 @@ from torchcdm.runtime.validation import Count, Rate, Sides, Width, Widths, check
 
 @final
 class Summary(nn.Module):
-    """What one resolution tells the head: pooled features and ``energy_maps`` inner products with the input.
+    """What one resolution tells the head: ``pooled`` features and ``energy_maps`` inner products with the input.
 
     As sum(s(x) * x) has s(x) itself in its gradient, the denoiser contains the features directly.
     """
 
-    def __init__(self, channels: int, in_channels: int, energy_maps: int) -> None:
+    def __init__(self, channels: int, in_channels: int, pooled: int, energy_maps: int) -> None:
         super().__init__()
         self.energy_maps = energy_maps
         self.norm, self.activation = parts.group_norm(channels), parts.SiLU()
-        self.pooled = parts.Pointwise(channels, 2 * channels)
+        self.pooled = parts.Pointwise(channels, pooled)
         self.energy = nn.Conv2d(channels, energy_maps * in_channels, 1)
-        self.features = 2 * channels + energy_maps
+        self.features = pooled + energy_maps
 
     def forward(self, h: Tensor, image: Tensor) -> Tensor:
         """Features (B, channels, H, W) and the image averaged to their size, to (B, features)."""
@@ -53,6 +55,10 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
         energy_maps: Inner products with the image at each resolution.
         positions: Adds a learned map after the first convolution, for images in which the place of a pixel matters.
         hidden: Hidden units of the head, which is linear in what the resolutions tell when None.
+        pooled: Features that the head is told of each resolution, as means over its pixels. When None four times the
+            channels of the last, and a quarter as many a channel of each before it, down to a quarter.
+
+    UserError where ``pooled`` has not as many numbers as ``multipliers``.
 
     Example:
         >>> Encoder(1, 8, levels=102, multipliers=(1, 2))(torch.zeros(5, 1, 8, 8)).shape
@@ -64,10 +70,17 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
         self, in_channels: Width, image_size: parts.ImageSize, levels: int, width: Width = 32,
         multipliers: Widths = (1, 2, 2), blocks: Width = 2, dropout: Rate = 0.0, attention: Sides = (),
         energy_maps: Width = 32, classes: Count | None = None, joint: bool = False, positions: bool = False,
-        hidden: Width | None = None,
+        hidden: Width | None = None, pooled: Widths | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = parts.halved_sizes(image_size, len(multipliers))
+        if pooled is None:
+            # A feature costs as much as its resolution has pixels.
+            times = [max(4.0 ** (1 - behind), 0.25) for behind in reversed(range(len(multipliers)))]
+            pooled = [math.ceil(k * width * multiplier) for k, multiplier in zip(times, multipliers, strict=True)]
+        elif len(pooled) != len(multipliers):
+            found = f"{len(pooled)} numbers for {len(multipliers)} resolutions"
+            raise UserError(f"network: pooled has {found}; give one for each of the multipliers")
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
         self.label = None if embedding is None else parts.LabelEmbedding(classes, embedding)
@@ -83,7 +96,7 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
             inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
             attend = max(size) in attention
             self.stages.append(nn.ModuleList(parts.AttentiveBlock(c, channels, attend, **options) for c in inputs))
-            self.summaries.append(Summary(channels, in_channels, energy_maps))
+            self.summaries.append(Summary(channels, in_channels, pooled[i], energy_maps))
         self.head = make_head(sum(s.features for s in self.summaries), levels, classes, joint, hidden)
 
     def features(self, x: Tensor, y: Tensor | None = None) -> Tensor:
