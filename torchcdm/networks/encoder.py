@@ -80,7 +80,7 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
             pooled = [math.ceil(k * width * multiplier) for k, multiplier in zip(times, multipliers, strict=True)]
         elif len(pooled) != len(multipliers):
             found = f"{len(pooled)} numbers for {len(multipliers)} resolutions"
-            raise UserError(f"network: pooled has {found}; give one for each of the multipliers")
+            raise UserError(f"network: pooled has {found}; give one for each, or null for the usual ones")
         self.classes, self.joint = classes, joint
         embedding = 4 * width if classes is not None and not joint else None
         self.label = None if embedding is None else parts.LabelEmbedding(classes, embedding)
