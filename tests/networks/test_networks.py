@@ -195,7 +195,9 @@ def test_mistakes_are_named(call, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("multipliers, pooled", [((1,), [32]), ((1, 2, 2), [2, 16, 64]), ((1, 2, 2, 3), [2, 4, 16, 96])])
+@pytest.mark.parametrize(
+    "multipliers, pooled", [((1,), [32]), ((1, 2, 2), [2, 16, 64]), ((1, 2, 2, 3), [2, 4, 16, 96])]
+)
 def test_fewer_features_are_pooled_where_pixels_are_many(multipliers, pooled):
     assert [summary.pooled.out_channels for summary in Encoder(1, 8, LEVELS, 8, multipliers).summaries] == pooled
 
