@@ -263,6 +263,23 @@ class Tied(nn.Module):
         return self.head(self.second(nn.functional.silu(self.first(self.into(x)))))
 
 
+def test_a_network_of_ones_own_is_trained_on(tmp_path):
+    how = {"out": tmp_path / "run", "progress": False, "sampling": {"n": 0}}
+    torchcdm.fit(points(), backbone=network(102), steps=4, **how)
+    with pytest.raises(UserError, match=r"already holds a run; go on with --resume \(resume=True\)"):
+        torchcdm.fit(points(), backbone=network(102), steps=6, **how)
+    model = torchcdm.fit(points(), backbone=network(102), steps=6, resume=True, **how)
+    assert model.info.preset == "mlp" and (tmp_path / "run" / "state" / "step-6").is_dir()
+    with pytest.raises(UserError, match="its data have changed"):
+        torchcdm.fit(points() + 1, backbone=network(102), steps=8, resume=True, **how)
+    with pytest.raises(UserError, match="resume goes on in the folder of a run; give it as out"):
+        torchcdm.fit(points(), backbone=network(102), resume=True)
+    made = torchcdm.ClassificationDiffusion(network(12), UniformSigmaSchedule(10))
+    for steps in (3, 5):
+        torchcdm.train(made, points(), steps=steps, out=tmp_path / "made", resume=True, progress=False)
+    assert (tmp_path / "made" / "state" / "step-5").is_dir()
+
+
 def test_a_network_with_tied_weights_and_a_mask_of_minus_infinity(tmp_path):
     model = torchcdm.fit(points(), backbone=Tied(), model={"schedule": {"T": 30}}, out=tmp_path / "run", **TINY)
     again = torchcdm.load(tmp_path / "run", backbone=Tied())

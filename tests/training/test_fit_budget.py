@@ -108,12 +108,16 @@ def test_sides_that_do_not_halve_have_fewer_resolutions(sides, found):
     assert len(fit.multipliers_of(*sides)) == found
 
 
-def test_fit_within_a_time_ends_in_it_and_says_what_it_chose(capsys):
+def test_fit_within_a_time_ends_in_it_and_says_what_it_chose(tmp_path, capsys):
     pixels = torch.randint(0, 256, (40, 1, 6, 6), dtype=torch.uint8)
-    model = torchcdm.fit(pixels, budget="4s", device="cpu")
+    model = torchcdm.fit(pixels, budget="4s", device="cpu", out=tmp_path, sampling={"n": 0})
     said = capsys.readouterr().out
     assert "scaled to 32 images of 1x6x6 and 4 s: width 16 at 1 resolutions" in said and "steps of" in said
     assert model.log_prob(pixels[:3].float()).isfinite().all()
+    # It goes on as it was scaled.
+    torchcdm.fit(pixels, device="cpu", out=tmp_path, sampling={"n": 0}, resume=True)
+    said = capsys.readouterr().out
+    assert "scaled" not in said and "no step is left to take: its 3 s" in said
 
 
 def test_a_scaled_run_goes_on_as_it_was_scaled_within_the_time_that_is_given(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -304,7 +305,7 @@ def test_the_cross_entropy_counts_from_its_share_of_the_training(tmp_path, share
     assert torch.equal(*weights) == same
 
 
-def test_init_takes_the_weights_that_fit(whole, tmp_path):
+def test_init_takes_the_weights_that_fit(whole, tmp_path, capsys):
     # No step changes anything at this rate: what was taken over is what is saved.
     run_training(tmp_path / "run", train__init=str(whole), train__steps="1", train__lr="1e-30",
                  model__schedule="{name: uniform-sigma, T: 10}")  # fmt: skip
@@ -312,6 +313,9 @@ def test_init_takes_the_weights_that_fit(whole, tmp_path):
     for key, value in new.items():
         if "head" not in key:
             assert torch.allclose(value, old[key], atol=1e-7), key
+    wider = small_config(train__init=str(whole), train__steps="1", model__backbone__width="12", sampling__n="0")
+    train(wider, tmp_path / "wider", device="cpu")
+    assert re.search(rf"weights from {whole}; [1-9]\d* of \d+ are new\n", capsys.readouterr().out)
     with pytest.raises(UserError, match="nowhere: holds no trained model"):
         run_training(tmp_path / "other", train__init=str(tmp_path / "nowhere"))
 

@@ -29,7 +29,7 @@ from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training import loop
 from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
 from torchcdm.training.checkpoint import load, load_weights
-from torchcdm.training.config_files import make_config, merge, paths, preset_fields
+from torchcdm.training.config_files import file_fields, make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.settings import BACKBONES, Config, ModelConfig, TrainConfig
 
@@ -52,7 +52,7 @@ EPOCHS = 300  # most times that a sample is seen
 def fit(
     data: Any, /, labels: Any = None, *, preset: str | None = None, backbone: nn.Module | str | None = None,
     out: str | Path | None = None, device: str | None = None, progress: bool = True, budget: str | float | None = None,
-    **overrides: Any,
+    resume: bool = False, **overrides: Any,
 ) -> ClassificationDiffusion:  # fmt: skip
     """Trains a model on data that are at hand and returns the best one on a validation split, in eval mode.
 
@@ -72,6 +72,7 @@ def fit(
         progress: Shows a progress bar, and what was read off the data.
         budget: Time for all of it: seconds, or a text such as ``10m``. The preset ``encoder`` takes the largest
             network that has enough steps in it, and half an hour where neither this nor ``steps`` is given.
+        resume: Goes on from the last state in ``out``, if there is one; the data and the network are to be the same.
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
 
@@ -83,6 +84,8 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
+    if resume and out is not None and loop.RunFolder(out).holds_run():
+        layers[0] = merge(layers[0], file_fields(loop.RunFolder(out).config))  # a size that was chosen stays
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
@@ -92,12 +95,12 @@ def fit(
         _check_own(dict(paths(layers[-1])), config.model, labels)
         config = replace(config, model=replace(config.model, backbone=custom, labels=labels))
         check_network(network, source, config.model.schedule.T + 2)
-    return trained(config, source, device, progress, out=out, backbone=network)
+    return trained(config, source, device, progress, out=out, resume=resume, backbone=network)
 
 
 def train(
     model: M, data: Any, /, labels: Any = None, *, preset: str | None = None, out: str | Path | None = None,
-    device: str | None = None, progress: bool = True, **overrides: Any,
+    device: str | None = None, progress: bool = True, resume: bool = False, **overrides: Any,
 ) -> M:  # fmt: skip
     """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
@@ -110,6 +113,7 @@ def train(
         out: Folder of the run; when None nothing is kept.
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
+        resume: As for :func:`fit`.
         **overrides: As for :func:`fit`, without ``model``.
 
     Raises:
@@ -137,7 +141,7 @@ def train(
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     source = replace(source, transform=model.transform)
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
-    return trained(config, source, device, progress, out=out, model=model)
+    return trained(config, source, device, progress, out=out, resume=resume, model=model)
 
 
 def _check_own(asked: Mapping[str, Any], config: ModelConfig, labels: str) -> None:
@@ -200,14 +204,16 @@ def trained(
     config: Config, source: DataSource, device: str | None, progress: bool, out: str | Path | None = None, **given: Any
 ) -> Any:
     """Trains as :func:`torchcdm.training.loop.train`, which takes what is ``given`` (``model``, ``backbone``,
-    ``clock``), and gives the model that was kept, a new one unless it is given. Where ``out`` is None nothing is left
-    on the disk, and no samples are drawn."""
+    ``clock``, ``resume``), and gives the model that was kept, a new one unless it is given. Where ``out`` is None
+    nothing is left on the disk, and no samples are drawn."""
     if out is None:
+        if given.get("resume"):
+            raise UserError("resume goes on in the folder of a run; give it as out")
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
             source = in_units(source, config.data)
-            loop.train(config, run, source, False, device, progress, **given)
+            loop.train(config, run, source, device=device, progress=progress, **given)
         except Interrupted as error:
             if out is not None:
                 raise

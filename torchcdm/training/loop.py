@@ -79,7 +79,7 @@ def train(
     """
     run, speaks = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
-        raise UserError(f"{out}: already holds a run; go on with --resume, or choose another folder")
+        raise UserError(f"{out}: already holds a run; go on with --resume (resume=True), or choose another folder")
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
@@ -115,7 +115,7 @@ def train(
         if config.train.init is not None:
             left = checkpoint.load_matching(model, config.train.init)
             if speaks:
-                print(f"weights from {config.train.init}" + (f"; newly drawn: {', '.join(left)}" if left else ""))
+                print(f"weights from {config.train.init}; {len(left)} of {len([*model.parameters()])} are new")
         model = model.to(processes.device)
         built = build_loss(config.loss, model) if loss is None else loss(model)
         return Trainer(config, run, source, built, processes, speaks, clock).run_to_end(state)
