@@ -74,10 +74,14 @@ def test_a_small_reference_raises_the_rate_that_nobody_gave(capsys, run, queries
     )
 
 
-def test_rows_percentiles_and_flags_are_those_of_the_detector(capsys, tmp_path, run, digits, queries):
+def test_rows_percentiles_and_flags_are_those_of_the_detector(capsys, tmp_path, monkeypatch, run, digits, queries):
     """Calibrated on the validation split of the run's own data where nothing else is given."""
     words = (run, queries, "--csv", tmp_path / "s.csv", "--json", tmp_path / "s.json", "--plot", tmp_path / "s.png")
-    out = score(capsys, *words)
+    monkeypatch.setattr("torchcdm.cli.scoring.AT_ONCE", 3)
+    capsys.readouterr()
+    assert main(["score", "--device", "cpu", *map(str, words)]) == 0
+    out, err = capsys.readouterr()
+    assert "scoring: " in err and "/3 [" in err
     detector = AnomalyDetector("levels", load(run)).fit(digits.validation.tensors()[0].float())
     truth = detector.score(torch.from_numpy(np.load(queries))[:, None].float())
 

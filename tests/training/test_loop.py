@@ -313,8 +313,8 @@ def test_init_takes_the_weights_that_fit(whole, tmp_path, capsys):
     for key, value in new.items():
         if "head" not in key:
             assert torch.allclose(value, old[key], atol=1e-7), key
-    wider = small_config(train__init=str(whole), train__steps="1", model__backbone__width="12", sampling__n="0")
-    train(wider, tmp_path / "wider", device="cpu")
+    config = small_config(train__init=str(whole), train__steps="1", model__schedule="{name: uniform-sigma, T: 10}")
+    train(config, tmp_path / "told", device="cpu")
     assert re.search(rf"weights from {whole}; [1-9]\d* of \d+ are new\n", capsys.readouterr().out)
     with pytest.raises(UserError, match="nowhere: holds no trained model"):
         run_training(tmp_path / "other", train__init=str(tmp_path / "nowhere"))

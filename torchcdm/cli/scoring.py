@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.detector import trained_on
@@ -19,7 +20,7 @@ from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, re
 from torchcdm.apps.explorer import Explorer, page, serve
 from torchcdm.apps.plots import check_figure, score_histogram
 from torchcdm.cli.arguments import given, say, tell
-from torchcdm.data import save_array, save_images, save_table
+from torchcdm.data import Inputs, save_array, save_images, save_table
 from torchcdm.data.outputs import check_no_more
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output_folder, write_rows, written
@@ -29,6 +30,7 @@ from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
 
 EXAMPLES = 1000  # normal samples of the page, and those to choose from
+AT_ONCE = 4096  # samples between two looks of the bar
 SHOWN = 10  # rows that are printed, the most anomalous ones
 KEPT = ("score", "percentile", "flag", "deviating")  # of every input
 
@@ -63,7 +65,9 @@ def score(options: argparse.Namespace) -> None:
         words = {"fpr": fpr, "skip_bad": options.skip_bad, "device": device}
         scorer = Scorer(model, detector, None if images else explain, **words)
         if inputs is not None:
-            judged = scorer.judge(inputs) | {"note": ["\n".join(inputs.notes)]}
+            starts = tqdm(range(0, len(inputs.x), AT_ONCE), "scoring", disable=not main or options.quiet, leave=False)
+            parts = [scorer.judge(Inputs(*(part[k : k + AT_ONCE] for part in inputs[:3]))) for k in starts]
+            judged = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} | {"note": inputs.notes}
         if options.maps is not None:
             maps = explain(inputs.x)
     if not main:

@@ -211,8 +211,7 @@ def load_matching(model: Denoiser, run: str | Path) -> list[str]:
 def read_run(run: str | Path, weights: bool = True) -> tuple[RunFolder, ModelInfo, list[dict[str, Tensor]]]:
     """The folder of a trained model, what is said of it, and its tensors; UserError as of :func:`load`."""
     folder = RunFolder(located(run))
-    missing = [path.name for path in (folder.model_info, folder.model) if not os.path.exists(path)]  # or no name
-    if missing:
+    if missing := [path.name for path in (folder.model_info, folder.model) if not os.path.exists(path)]:  # or no name
         what = f"{missing[0]} is missing" if os.path.isdir(folder.root) else "there is no such folder"
         what = "stopped before a validation" if len(missing) == 2 and os.path.isdir(folder.states) else what
         raise UserError(f"{run}: holds no trained model ({what})")
