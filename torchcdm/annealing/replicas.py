@@ -10,7 +10,6 @@ direction. Swaps are between replicas of one column, so that columns are indepen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -54,18 +53,6 @@ def ladder(target: Target, kernels: Kernels, level: int, columns: int, generator
     smc(target, kernels, level, columns, FAMILY, generator, 2, math.inf, SPACING, **options)
     levels, steps, x = zip(*reversed(rungs), strict=True)
     return Ladder(list(levels), torch.tensor(steps, dtype=torch.float64), torch.stack(x))
-
-
-def move_within(target: Target, levels: Sequence[int], x: Tensor, groups: Tensor) -> Tensor:
-    """Points (rungs, columns, *shape) without mass become others of their rung and group, long (columns,), where these
-    have some. Gives which points had some before, bool (rungs, columns)."""
-    inside = torch.stack([target.evaluate(one, t).log_gamma.isfinite() for t, one in zip(levels, x, strict=True)])
-    for points, there in zip(x, inside, strict=True):
-        for row in (~there).nonzero()[:, 0].tolist():
-            others = (there & (groups == groups[row])).nonzero()[:, 0]
-            if len(others):
-                points[row] = points[others[row % len(others)]]
-    return inside
 
 
 @final

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, effective, langevin, smc, systematic
-from torchcdm.annealing.replicas import Replicas, ladder, move_within
+from torchcdm.annealing.replicas import Replicas, ladder
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, warn
@@ -295,7 +295,11 @@ def _by_particles(
         size = -(-particles // islands)
         if sweeps:
             rungs = ladder(target, kernels, 1, max(particles, 2), generator)
-            move_within(target, rungs.levels, rungs.x, torch.zeros(len(rungs.x[0]), device=rungs.x.device))
+            # Columns that end beyond a bound would stay there, on all rungs: others take their place.
+            ended = target.evaluate(rungs.x[0], 1).log_gamma.isfinite()
+            if within := ended.nonzero()[:, 0].tolist():
+                columns = [k if inside else within[k % len(within)] for k, inside in enumerate(ended.tolist())]
+                rungs = rungs._replace(x=rungs.x[:, columns])
             trace = Replicas(target, kernels, rungs, generator, moves).go_on(sweeps, -(-sweeps // 4), progress)
             x = trace.x.flatten(0, 1)
             if len(x) < n:

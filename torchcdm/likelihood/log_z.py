@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.ratios import half_width
-from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder, move_within
+from torchcdm.annealing.replicas import FAMILY, Ladder, Replicas, ladder
 from torchcdm.annealing.target import COMPARED, Fence, Fenced, ModelTarget, in_batches
 from torchcdm.diffusion.gaussian import mean_and_spread
 from torchcdm.errors import UserError, warn
@@ -371,10 +371,14 @@ class _Points:
         The first columns are samples of the model.
         """
         classes = self.columns(len(x[0]))
-        inside = move_within(target, self.levels, x, classes)
-        if not all(inside[:, classes == k].any(1).all() for k in range(len(self.shares))):
-            return "all samples of a level"
-        data = inside[0, self.rungs.x.shape[1] :]
+        for t, points in reversed(list(zip(self.levels, x, strict=True))):
+            inside = target.evaluate(points, t).log_gamma.isfinite()
+            for row in (~inside).nonzero()[:, 0].tolist():
+                others = (inside & (classes == classes[row])).nonzero()[:, 0]
+                if not len(others):
+                    return "all samples of a level"
+                points[row] = points[others[row % len(others)]]
+        data = inside[self.rungs.x.shape[1] :]
         return "most of the data" if len(data) and 2 * int(data.sum()) < len(data) else ""
 
     def upper_ends(self, run: Replicas) -> Tensor:
