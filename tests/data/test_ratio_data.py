@@ -120,6 +120,14 @@ def test_constant_columns_are_left_out_with_a_note():
     assert values.shape == (61, 2) and differs == 60 * [""] + ["c1"]
 
 
+@pytest.mark.parametrize("start", [0, 250, 1000])
+def test_ids_are_noted_whether_or_not_they_begin_anew_on_each_side(start):
+    sides = [pd.DataFrame({"id": np.arange(300) + k * start, "x": normal(300, 1, k)[:, 0]}) for k in range(2)]
+    notes = read_pair(*sides, DataOptions())[3]
+    assert sum("'id' holds a different whole number in every row: if it is an id" in note for note in notes) == 1
+    assert not any("'x' holds a different" in note for note in notes)
+
+
 def test_columns_of_few_values_are_dequantised_or_refused():
     x = normal(200, 2)
     x[:, 1] = np.random.RandomState(3).randint(0, 4, 200) / 2

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.frames import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
 from torchcdm.units.lattice import Discrete, by_chance, spread
+from torchcdm.units.table import ID, may_be_id
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -200,7 +202,12 @@ def _coded(
     if few and discrete == "error":
         mend = "leave them out, or set discrete='dequantize', which adds uniform noise between their values"
         raise UserError(f"few distinct values in the columns {', '.join(few)}: {mend}")
-    return [table.encode(frame, PAIR).x for frame in frames], table, [*notes, *more]
+    codes = [table.encode(frame, PAIR).x for frame in frames]
+    for column, *sides in zip(table.kept, *(x.T.numpy() for x in codes), strict=True):
+        # Ids that begin anew on each side are not all different, and yet tell the sides apart.
+        if column.kind == "number" and all(map(may_be_id, sides)) and not may_be_id(np.concatenate(sides)):
+            more.append(f"column '{column.name}' {ID}.")
+    return codes, table, [*notes, *more]
 
 
 def _warped(

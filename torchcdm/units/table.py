@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # A level has LEAST_COUNT rows at least; what is rarer, or beyond the most frequent MOST_LEVELS, is OTHER.
 OTHER, MOST_LEVELS, LEAST_COUNT = "other", 100, 3
+ID = "holds a different whole number in every row: if it is an id, drop it"  # note of a column
 MOST_DECIMALS = 6  # of numbers that are rounded to those of training
 FLOAT32_STEPS = 1000  # least number of float32 steps in a standard deviation; with fewer a column needs an offset
 LARGEST = 1e150  # deviation of a column, at most, and one over it, at least: beyond, squares leave float64
@@ -347,14 +348,18 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
         notes.append(f"varies little beside its size, beyond float32: an offset of {offset:g} is subtracted")
     if missing:
         notes.append(f"is empty in {100 * empty.mean():.3g} % of the rows, which has a probability")
-    # Of as many whole numbers at random, ten pairs or more would be equal.
-    if not is_date and len(x) ** 2 > 20 * (np.ptp(x) + 1) and numbers_rows(x):
-        notes.append("holds a different whole number in every row: if it is an id, drop it")
+    if not is_date and may_be_id(x):
+        notes.append(ID)
     # Decimal texts are rounded to float64 twice: once as they were read, and once here.
     close, exact = 1e-12 * deviation * varies, 2 * np.finfo(float).eps
     decimals = next((k for k in range(MOST_DECIMALS + 1) if np.allclose(x.round(k), x, exact, close)), None)
     found = {"values": few or tuple(frequent), "mixed": not few, "missing": missing, "cell": cell}
     return replace(column, **found, least=float(x.min()), offset=offset, decimals=decimals), notes
+
+
+def may_be_id(x: np.ndarray) -> bool:
+    """Whether numbers (N,) are whole and all differ, where of as many at random ten pairs or more would be equal."""
+    return len(x) ** 2 > 20 * (np.ptp(x) + 1) and numbers_rows(x)
 
 
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
