@@ -18,6 +18,7 @@ from small_runs import small_flags
         (["train", "digts", "--out", "R"], "unknown preset 'digts'; did you mean 'digits'"),
         (["train", "--out", "R"], "give a preset or --config FILE"),
         (["train", "digits", "--out", "R", "--train.stesp", "5"], "unknown field 'train.stesp'; did you mean 'steps'"),
+        (["train", "digits", "--out", "R", "--lr", "1"], "settings have a dot, as in --train.lr"),
         (["train", "digits", "--out", "R", "--stesp", "5"], "unknown argument '--stesp'; did you mean 'steps'"),
         (["train", "digits", "--out", "R", "--train.steps"], "--train.steps needs a value"),
         (["train", "--out", "R", "--train.lr", ".nan", "digits"], "train.lr is nan; it must be a finite number"),

@@ -80,7 +80,9 @@ def _run(parser: Parser, words: Sequence[str]) -> None:
             rest += [f"--{field}" for field, _ in fields]
         if rest and rest[0].startswith("--"):
             flags = re.findall(r"^ +--([a-z-]+)(?![\w.-])", options.command.format_help(), re.MULTILINE)
-            raise UserError(f"unknown argument '{rest[0]}'; {nearest(rest[0][2:].partition('=')[0], flags)}")
+            hint = nearest(rest[0][2:].partition("=")[0], flags)
+            hint += "; settings have a dot, as in --train.lr" if getattr(options, "takes_fields", False) else ""
+            raise UserError(f"unknown argument '{rest[0]}'; {hint}")
         if rest:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
         _check_outputs(options)
