@@ -49,7 +49,7 @@ class Kernels:
     def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
         """Variances measured on ``n`` samples at ``MEASURED`` levels at most, by two evaluations of each at each.
 
-        Levels between these have the variances of the next one above.
+        At levels between log V_t is linear in log r_t: from one of the lowest levels to the next they fall by much.
         """
         kernels, schedule, generator = cls(target.reference), target.schedule, stream(seed, "chain")
         (x, _), rotation, dim = target.start(n, generator), target.reference.rotation, kernels.variances.shape[1]
@@ -62,7 +62,11 @@ class Kernels:
         for k, t in enumerate(levels.tolist()):
             x_t = schedule.perturb(x_0, t, normal(x_0.shape, generator, x.device))
             squares[k] = rotation(x_0 - kernels.x0(x_t, target.eps(x_t, t), t)).square().sum(0)
-        return cls(target.reference, squares[torch.searchsorted(levels, torch.arange(1, schedule.T + 1))] / n)
+        above = torch.searchsorted(levels, torch.arange(1, schedule.T + 1))
+        below, log_r = (above - 1).clamp(min=0), schedule.ratio[1:-1].log().to(squares)
+        span = log_r[levels[above] - 1] - log_r[levels[below] - 1]
+        share = torch.where(span > 0, (log_r - log_r[levels[below] - 1]) / span, 1.0)[:, None]
+        return cls(target.reference, squares[below] ** (1 - share) * squares[above] ** share / n)
 
     def x0(self, x_t: Tensor, eps: Tensor, t: Level) -> Tensor:
         """E[x_0 | x_t] (identity 4) from E[eps | x_t], float64 (B, *shape)."""
