@@ -51,12 +51,12 @@ def kind_of(cells: Series) -> Kind | Literal[""]:
     filled = texts != ""
     if not filled.any():
         return ""
-    numbers = float((~np.isnan(values_of(cells, "number")[0][filled])).mean())
+    numbers = float((~np.isnan(numbers_of(cells)[0][filled])).mean())
     if numbers == 1:
         return "number"
     if all(text.lower() in TRUE | FALSE for text in np.unique(texts[filled])):
         return "boolean"
-    dates = float(np.isfinite(values_of(cells, "date")[0][filled]).mean())
+    dates = float(np.isfinite(days_of(cells)[0][filled]).mean())
     return "number" if numbers >= MOSTLY else "date" if dates >= MOSTLY else "category"
 
 
@@ -70,8 +70,8 @@ def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     return texts.to_numpy(object)
 
 
-def conventions(cells: Series, kind: Kind) -> dict[str, Any]:
-    """How the texts of a column of numbers or dates are written: those arguments of :func:`values_of`.
+def spelling(cells: Series, kind: Kind) -> dict[str, Any]:
+    """How the texts of a column of numbers or dates are written: arguments of :func:`numbers_of` or :func:`days_of`.
 
     The mark between ``thousands`` is that by which most of them are numbers, the comma before the point; none where
     the comma is the decimal mark and no number has a point. Dates are ``day_first`` where more of them have a number
@@ -87,18 +87,9 @@ def conventions(cells: Series, kind: Kind) -> dict[str, Any]:
     return {"thousands": "." if any("." in text for text in texts[points]) else ""}
 
 
-def values_of(
-    cells: Series, kind: Kind, thousands: Thousands = ",", day_first: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cells as numbers, or dates as days since 1970, float64, nan where they are none; and which are missing.
-
-    ``thousands`` says what the texts ``1,234`` and ``1.234`` are, ``day_first`` what ``3/4/2024`` is. A text that can
-    be read in one way alone, such as ``1.234,5`` and ``25/4/2024``, is read so.
-    """
-    return _numbers_of(cells, thousands) if kind == "number" else _dates_of(cells, day_first)
-
-
-def _numbers_of(cells: Series, thousands: Thousands) -> tuple[np.ndarray, np.ndarray]:
+def numbers_of(cells: Series, thousands: Thousands = ",") -> tuple[np.ndarray, np.ndarray]:
+    """Cells as numbers, float64, nan where they are none; and which are missing. ``thousands`` says what the texts
+    ``1,234`` and ``1.234`` are; one that can be read in one way alone, such as ``1.234,5``, is read so."""
     from pandas.api import types
 
     if types.is_numeric_dtype(cells.dtype) and not types.is_complex_dtype(cells.dtype):
@@ -111,7 +102,9 @@ def _numbers_of(cells: Series, thousands: Thousands) -> tuple[np.ndarray, np.nda
     return x, texts == ""
 
 
-def _dates_of(cells: Series, day_first: bool) -> tuple[np.ndarray, np.ndarray]:
+def days_of(cells: Series, day_first: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Cells as dates, days since 1970, float64, nan where they are none; and which are missing. ``day_first`` says
+    what ``3/4/2024`` is; ``25/4/2024`` is in April."""
     import pandas as pd
     from pandas.api import types
 

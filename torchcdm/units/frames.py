@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchcdm.errors import UserError
-from torchcdm.units.cells import kind_of, values_of
+from torchcdm.units.cells import kind_of, numbers_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -53,7 +53,7 @@ def without_counter(frame: DataFrame) -> DataFrame:
     """A table to learn from without a first column that has no name, or the one that pandas gives such a column, and
     another whole number in each row: what ``to_csv`` writes as the index. It is :func:`noted`."""
     counter = frame.columns[:1].isin(("", "Unnamed: 0")).any() and kind_of(cells := frame.iloc[:, 0]) == "number"
-    if counter and numbers_rows(values_of(cells, "number")[0]):
+    if counter and numbers_rows(numbers_of(cells)[0]):
         note = "the first column has no name and counts the rows: left out."
         frame = frame.iloc[:, 1:]
         note_down(frame, notes=[*noted(frame, "notes"), note])

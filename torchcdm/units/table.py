@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
-from torchcdm.units.cells import EMPTY, MOSTLY, Kind, Thousands, conventions, kind_of, texts_of, unreadable, values_of
+from torchcdm.units.cells import MOSTLY, Kind, Thousands, days_of, kind_of, numbers_of, spelling, texts_of, unreadable
 from torchcdm.units.frames import SHOWN, by_place, listed, note_down, noted, numbers_rows
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
@@ -98,7 +98,7 @@ class Column:
 
     def read(self, cells: Series) -> tuple[np.ndarray, np.ndarray]:
         """Cells as numbers or dates, float64, nan where they are none, and which are missing."""
-        return values_of(cells, self.kind, self.thousands, self.day_first)
+        return days_of(cells, self.day_first) if self.kind == "date" else numbers_of(cells, self.thousands)
 
     def decode(self, codes: np.ndarray) -> Any:
         """Cells of the column's own kind from codes (N,), those of values and levels rounded."""
@@ -319,7 +319,7 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
         return str(pd.Timestamp(np.floor(value), unit="D").date()) if is_date else f"{value:.{digits}g}"
 
     is_date, zone = column.kind == "date", getattr(cells.dtype, "tz", None)
-    column = replace(column, **conventions(cells, column.kind), zone=None if zone is None else str(zone))
+    column = replace(column, **spelling(cells, column.kind), zone=None if zone is None else str(zone))
     x, empty = column.read(cells)
     if not np.isfinite(x).any():
         raise UserError(_problem(column, cells, ~empty))
@@ -365,8 +365,8 @@ def may_be_id(x: np.ndarray) -> bool:
 def _problem(column: Column, cells: Series, wrong: np.ndarray) -> str:
     """The first wrong cell, and how many there are."""
     at = int(wrong.argmax())
-    text, needed = str(cells.iloc[at]).strip(), {"number": "finite number", "date": "date"}
-    if text.lower() in EMPTY:
+    (text,), needed = texts_of(cells.iloc[[at]], "category"), {"number": "finite number", "date": "date"}
+    if not text:
         what = "is empty, which no row of training was"
     elif column.levels:
         what = f"holds '{text:.60}', none of the {len(column.levels)} levels of training"
