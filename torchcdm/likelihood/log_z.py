@@ -26,6 +26,7 @@ from torchcdm.random import normal, permutation, stream
 from torchcdm.runtime.artefact import read_artefact, read_sealed, write_artefact
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, checked
+from torchcdm.units import standard_error
 
 Sweeps = Annotated[Count, Ge(4)]
 SWEEPS = 200  # that count
@@ -71,11 +72,9 @@ class LogZ:
     @classmethod
     def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:
         """From the logarithms of K independent unbiased estimates of Z, (K,). The log of a mean errs low."""
-        values = log_weights.cpu()
-        weights = (values - values.max()).exp()
-        value, mean = float(weights.mean().log() + values.max()), weights.mean()
-        se = float(weights.std() / mean) / len(weights) ** 0.5
-        return cls(value, se, estimator, level, dim, width=half_width((weights - mean)[None]))
+        value = float(log_weights.logsumexp(0)) - math.log(len(log_weights))
+        weights = (log_weights.cpu() - value).exp()  # their mean is 1
+        return cls(value, standard_error(weights), estimator, level, dim, width=half_width((weights - 1)[None]))
 
     @classmethod
     def of_replicas(cls, run: Replicas, starts: Sequence[str], shares: Sequence[float] = (1.0,)) -> LogZ:
@@ -261,7 +260,7 @@ def log_normalizer(
         raise UserError("a restricted density is one like data: give some")
     target = ModelTarget(model, y, scoring.batch_size)
     kernels = kernels or Kernels.of_target(target, scoring.seed)
-    by_class, first = restricted and y is None and model.joint, -RUNGS if restricted and scoring.level is None else 0
+    by_class, first = restricted and model.joint, -RUNGS if restricted and scoring.level is None else 0
     points = _Points(target, kernels, scoring, replicas, by_class, first)
     starts = points.starts(held, anywhere=not restricted)
     x_t, within, lost, noisy = torch.cat(list(starts.values()), 1), target, "", []
@@ -281,7 +280,7 @@ def log_normalizer(
     if not restricted:
         return z
     steps = [MeasuredStep(points.levels[0])]
-    if model.transform is not None and model.transform.bin is not None and len(usual) >= BINS:
+    if model.transform.bin is not None and len(usual) >= BINS:
         steps = measured_steps(model, usual[:MEASURING], points.levels[0], scoring)
     cover = mean_and_spread(torch.cat([parts[0] for parts in noisy]), "cosine")
     density = Restricted(steps, within.fence, points.upper_ends(run), *cover)
