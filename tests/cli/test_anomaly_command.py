@@ -197,6 +197,19 @@ def test_raw_log_p_comes_with_a_warning(capsys, run, queries):
     assert "raw log p" not in score(capsys, run, queries)
 
 
+def test_files_go_by_their_paths_or_by_specs(capsys, monkeypatch, tmp_path, run, digits, queries):
+    np.save(tmp_path / "good.npy", digits.validation.tensors()[0].numpy())
+    words = ["--reference", tmp_path / "good.npy", "--json", "-"]
+    truth = json.loads(score(capsys, run, queries, *words))
+    words[1] = f"array:{words[1]}"
+    assert json.loads(score(capsys, run, f"array:{queries}", *words)) == truth
+    assert "is one of the inputs" in refuse(capsys, run, f"array:{queries}", "--csv", queries)
+    assert f"cdm: {tmp_path}/none: no such file" in refuse(capsys, run, f"folder:{tmp_path}/none")
+    monkeypatch.chdir(tmp_path)
+    queries.rename("array:queries.npy")  # a file of that very name
+    assert json.loads(score(capsys, run, "array:queries.npy", *words)) == truth
+
+
 def test_the_help_names_every_score(capsys):
     with pytest.raises(SystemExit):
         main(["score", "--help"])

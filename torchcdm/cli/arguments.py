@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -40,9 +41,15 @@ def output(text: str) -> Path:
     return Path(text)
 
 
+def files(text: str) -> str:
+    """A path; of ``table:FILE``, ``array:FILE`` and ``folder:PATH`` what follows, unless a file has that very name."""
+    spec = re.fullmatch("(?:array|folder|table):(.+)", text, re.DOTALL)
+    return text if spec is None or os.path.lexists(text) else spec[1]
+
+
 SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "model": ("model MODEL", "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME", {}),
-    "paths": ("paths PATH", "images, folders, .npy, .npz, tables; data units", {"nargs": "+"}),
+    "paths": ("paths PATH", "images, folders, .npy, .npz, tables or SPECs; data units", {"nargs": "+", "kind": files}),
     "data": ("--data SPEC", "other data than the run was trained on, of the same columns, shape and grey levels", {}),
     "split": ("--split", "train, validation or test", {"default": "test"}),
     "limit": ("--limit N", "at most N samples, evenly spaced", {"kind": count}),

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchcdm.cli.arguments import Parser, add, add_command, count, output
+from torchcdm.cli.arguments import Parser, add, add_command, count, files, output
 
 SHORT = {
     "data": ("data.spec", "SPEC", "digits, folder:PATH, array:FILE, table:FILE, toy:NAME ..."),
@@ -129,7 +129,7 @@ def _scoring(command: Callable[..., Parser]) -> None:
     add(parser, "--score NAME", "levels, coarse, complexity, typicality, log_prob or ratio", default="levels")
     add(parser, "--background RUN", "model of broader data, for the score 'ratio'")
     add(parser, "--fpr P", "share of normal inputs to flag (0.05, or what the reference is enough for)", float)
-    add(parser, "--reference PATH", "normal data that RUN was not trained on (its validation split)", nargs="+")
+    add(parser, "--reference PATH", "normal data that RUN was not trained on (its validation split)", files, nargs="+")
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
     add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", output)
     add(parser, "--plot FILE", "histogram of the scores, a PNG", output)
@@ -139,7 +139,7 @@ def _scoring(command: Callable[..., Parser]) -> None:
 
     parser = command("scoring:explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device")
     add(parser, "--port P", "the first free one from 7860 on by default", int)
-    add(parser, "--reference PATH", "normal data to compare with and to choose from (MODEL's own splits)", nargs="+")
+    add(parser, "--reference PATH", "normal data to compare with and choose from (MODEL's own)", files, nargs="+")
 
     example, shared = "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device"
     parser = command("scoring:denoise", "remove white noise from images, arrays or tables", example, shared)
