@@ -156,6 +156,8 @@ def test_normal_data_are_named(digits):
 def test_mistakes_are_named(digits, scorer, wines):
     with pytest.raises(UserError, match="fpr is 2"):
         Scorer("zoo:digits", fpr=2)
+    with pytest.raises(UserError, match="which ndarray does not have: give a cdm as the model"):
+        Scorer(np.zeros((20, 1, 8, 8)))
     with pytest.raises(UserError, match="the batch has the columns pixels; the model takes image, data, x or path"):
         scorer({"pixels": np.zeros(3)})
     with pytest.raises(UserError, match="no column 'ash'"):

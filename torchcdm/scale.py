@@ -66,8 +66,8 @@ class Scorer:
     ) -> None:  # fmt: skip
         read_as(ProperShare, fpr, "fpr")
         place = chosen_device(device)
-        loaded = load(model, place) if isinstance(model, (str, Path)) else model.to(place)
-        self.model = require_density(loaded, "an anomaly score")
+        loaded = load(model, place) if isinstance(model, (str, Path)) else model
+        self.model = require_density(loaded, "an anomaly score").to(place)
         if self.model.info is None:
             raise UserError("the model knows nothing of its data; give one that torchcdm.load read")
         self.info, self.fpr, self.skip_bad = self.model.info, fpr, skip_bad

@@ -162,15 +162,16 @@ def test_mistakes_are_named():
     dates = CDMConditional(**TINY).fit(pd.Series(pd.date_range("2020-01-01", periods=80), name="day"), x)
     each = r"log_prob gives a number for each column; give torch.distributions.Independent\(prior, 1\), .*shape \(2,\)"
     for call, message in (
-        (lambda: model.sample(5, x, together=True), "prior is None; it is needed: give one with log_prob"),
-        (lambda: model.log_prob(theta, x, together=True), "prior is None; it is needed: give one with log_prob"),
+        (lambda: model.sample(5, x, together=True), "prior is None; give one of all columns, with log_prob"),
+        (lambda: model.log_prob(theta, x, together=True), "prior is None; give one of all columns, with log_prob"),
+        (lambda: model.sample(5, x.iloc[:2], prior=[Uniform(0.0, 1.0)] * 2), r"prior is \[Uniform.*; give one of all"),
         (lambda: model.sample(5, x, together=True, prior=Normal(0.0, 1.0)), each),
         (lambda: model.log_prob(theta, x, prior=Uniform(torch.full((2,), -9.0), 9.0)), each),
         (lambda: dates.sample(5, x.iloc[:2], prior=ONE), "prior: log_prob takes numbers, and 'day' is a date"),
         (lambda: model.sample(5, x, together=True, prior=THREE), r"its vectors are \(3,\), those of theta \(2,\)"),
         (lambda: texts.sample(5, x, together=True, prior=THREE), "prior: .* and 'kind' is a category; give"),
         (lambda: model.sample(5, x.iloc[:2], prior=FAR), "prior: no mass in any draw given x number 0; fit more"),
-        (lambda: model.sample(5, x.iloc[:2], prior="box"), "prior is 'box'; it is needed: give one with log_prob"),
+        (lambda: model.sample(5, x.iloc[:2], prior="box"), "prior is 'box'; give one of all columns, with log_prob"),
         (lambda: model.sample(5, x.iloc[:2], prior=ONE), r"its vectors are \(1,\), those of theta \(2,\)"),
         (lambda: model.inside(theta, x), "inside: x holds several observations"),
         (lambda: model.inside(theta, x.iloc[0], mass=1.5), "mass is 1.5; it must be"),

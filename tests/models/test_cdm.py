@@ -13,7 +13,8 @@ from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import GuidedDenoiser
+from torchcdm.models.denoiser import DenoisingDiffusion, GuidedDenoiser
+from torchcdm.networks.mlp import MLP
 from torchcdm.units import DataTransform
 
 T = 30
@@ -375,6 +376,9 @@ def test_mistakes_are_named():
         model.log_prob(normal(2, 3))
     with pytest.raises(UserError, match="joint head"):
         model.class_log_prob_levels(normal(2, 2))
+    for kind in (ClassificationDiffusion, DenoisingDiffusion):
+        with pytest.raises(UserError, match="schedule is of type MLP; give the network, then a NoiseSchedule"):
+            kind(UniformSigmaSchedule(T), MLP(2, T + 2))
 
 
 def test_conversions_go_round():

@@ -241,7 +241,7 @@ class CDMConditional(DensityEstimator):
         """``power`` times log p(theta) - log_det, (N,), of codes (N, kept); -inf where the prior has no mass."""
         rows = self._decoded(codes)
         if not hasattr(prior, "score_samples") and not hasattr(prior, "log_prob"):
-            raise UserError(f"prior is {shown(prior)}; it is needed: give one with log_prob or score_samples")
+            raise UserError(f"prior is {shown(prior)}; give one of all columns, with log_prob or score_samples")
         if getattr(prior, "event_shape", ()) not in ((), rows.shape[1:]):  # torch would repeat a single column
             raise UserError(f"prior: its vectors are {tuple(prior.event_shape)}, those of theta {rows.shape[1:]}")
         try:

@@ -48,6 +48,8 @@ class Denoiser(nn.Module, ABC):
         base: BaseDensity | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
+        if not isinstance(schedule, NoiseSchedule):
+            raise UserError(f"schedule is of type {type(schedule).__name__}; give the network, then a NoiseSchedule")
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
         self.moments: Moments | None = None
 

@@ -175,7 +175,7 @@ def require_density(model: Denoiser, what: str) -> DensityModel:
     density = getattr(model, "density", None)
     if density is None:
         kind = "a plain diffusion model (ddm)" if isinstance(model, DenoisingDiffusion) else type(model).__name__
-        raise UserError(f"{what} needs a density in one pass, which {kind} does not have: use a cdm")
+        raise UserError(f"{what} needs a density in one pass, which {kind} does not have: give a cdm as the model")
     return density
 
 

@@ -30,8 +30,7 @@ def located(model: str | Path) -> Path:
     Face Hub, whose files are downloaded unless they are at hand. UserError for what is neither text nor path, a name
     that the zoo does not have, or what cannot be downloaded."""
     if not isinstance(model, str | os.PathLike):
-        what = f"{type(model).__name__} names no model"
-        raise UserError(f"{what}; give the folder of a run, zoo:NAME or hub:OWNER/NAME")
+        raise UserError(f"{type(model).__name__} names no model; give the folder of a run, zoo:NAME or hub:OWNER/NAME")
     kind, colon, name = str(model).partition(":")
     if colon and kind == "zoo":
         if name not in names():
