@@ -9,7 +9,7 @@ from pretended_device import pretended_device
 from studies.exact import GaussianMixture
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.mixture import MixtureMarginals, _starts, best_mixture
+from torchcdm.diffusion.mixture import FIT_ROWS, MixtureMarginals, _some, _starts, best_mixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators.density import importance_normalizers
@@ -169,6 +169,11 @@ def test_few_samples_of_many_numbers_get_a_density_that_new_samples_have_too():
                     for s in (0.0, share))  # fmt: skip
     truth = torch.distributions.Normal(0.0, 1.0).log_prob(new).sum(1).mean()
     assert plain < truth - 1e4 and moved > truth - 60
+
+
+def test_of_many_rows_as_many_are_fitted_to_as_are_meant_to_be():
+    rows = _some(torch.arange(1.5 * FIT_ROWS)[:, None], 1, FIT_ROWS)
+    assert len(rows) == FIT_ROWS and rows[0] == 0 and rows[-1] == 1.5 * FIT_ROWS - 1
 
 
 def test_shrinkage_needs_a_gaussian_and_a_share():

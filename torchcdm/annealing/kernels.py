@@ -23,7 +23,7 @@ from torchcdm.annealing.target import Evaluated, Target
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
-from torchcdm.random import normal, stream
+from torchcdm.random import evenly_spaced, normal, stream
 
 CALIBRATION_SAMPLES = 128  # from which the variances are measured: each is then right within about an eighth
 MEASURED = 50  # levels at which they are measured, at most
@@ -56,7 +56,7 @@ class Kernels:
             x = kernels.down(x, target.eps(x, t), t, t - 1, normal((n, dim), generator, x.device))
         noise = normal((n, dim), generator, x.device) * kernels.variances[0].sqrt()
         x_0 = kernels.x0(x, target.eps(x, 1), 1) + rotation.inverse(noise)
-        levels = torch.linspace(1, schedule.T, min(schedule.T, MEASURED)).round().long()
+        levels = 1 + evenly_spaced(schedule.T, MEASURED)
         squares = kernels.variances.new_zeros(len(levels), dim)
         for k, t in enumerate(levels.tolist()):
             x_t = schedule.perturb(x_0, t, normal(x_0.shape, generator, x.device))

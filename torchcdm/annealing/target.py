@@ -20,7 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import as_labels
-from torchcdm.random import normal
+from torchcdm.random import evenly_spaced, normal
 from torchcdm.runtime.precision import reduced_precision
 from torchcdm.runtime.processes import Rows, map_rows
 
@@ -161,8 +161,7 @@ class Fence:
 
 def _compared(levels: Sequence[int]) -> list[int]:
     """The lowest and the highest of the levels, and some between."""
-    rows = torch.linspace(0, len(levels) - 1, min(len(levels), COMPARED)).round().long()
-    return [levels[k] for k in rows]
+    return [levels[k] for k in evenly_spaced(len(levels), COMPARED)]
 
 
 @final

@@ -21,7 +21,7 @@ from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.gaussian import DIAGONAL, SHRINKAGES, GaussianMarginals, MatrixRotation, shrunk, within_error
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.random import normal
+from torchcdm.random import evenly_spaced, normal
 
 FIT_ROWS = 10_000  # samples that a mixture is fitted to, unless more are asked for
 VARIANCE_FLOOR = 1e-5  # of a component along any direction, model units: none shrinks onto one sample
@@ -204,7 +204,7 @@ def _some(samples: Tensor, components: int, rows: int) -> Tensor:
     """At most so many rows to fit to, float64 on the CPU; UserError for fewer samples than components."""
     if components > len(samples):
         raise UserError(f"model.components is {components}, but there are {len(samples)} samples; use fewer")
-    return samples[:: math.ceil(len(samples) / rows)].double().cpu()
+    return samples[evenly_spaced(len(samples), rows)].double().cpu()
 
 
 def _shrunk(weights: Tensor, covariances: Tensor, variance: float, share: float) -> Tensor:

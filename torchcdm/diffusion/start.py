@@ -6,7 +6,6 @@ density, its number of Gaussians and its shrinkage are chosen by the likelihood 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torchcdm.diffusion.gaussian import DIAGONAL, FULL_COVARIANCE_LIMIT, SHRINKAGES, mean_and_spread, within_error
 from torchcdm.diffusion.mixture import FIT_ROWS, best_mixture, fit_cosines
 from torchcdm.errors import UserError
+from torchcdm.random import evenly_spaced
 from torchcdm.units.log_likelihood import log_normal
 
 COMPONENTS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80)  # numbers of Gaussians that are tried for vectors
@@ -49,7 +49,7 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
     ``given`` a value are not chosen; other keys, and None, are passed by. UserError where no density has these.
     """
     given = {key: value for key, value in (given or {}).items() if key in FIELDS and value is not None}
-    held_out = held_out[:: math.ceil(len(held_out) / FIT_ROWS)]
+    held_out = held_out[evenly_spaced(len(held_out), FIT_ROWS)]
     dim, vectors = train[0].numel(), train.ndim == 2
     shares: Sequence[float] = (given["shrinkage"],) if "shrinkage" in given else SHRINKAGES
     log_prob = log_normal(held_out.flatten(1).double()).sum(1)

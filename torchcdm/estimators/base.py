@@ -33,7 +33,7 @@ from torchcdm.errors import UserError, warn
 from torchcdm.likelihood import FlowSolver, Scoring
 from torchcdm.models.density import require_density
 from torchcdm.models.inputs import LARGEST
-from torchcdm.random import stream
+from torchcdm.random import evenly_spaced, stream
 from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, Positive, ProperShare, Rate, Width, read_as
 from torchcdm.training.checkpoint import load, save
@@ -163,10 +163,9 @@ class TableEstimator(BaseEstimator):
         watched = watched.select(torch.arange(len(watched)).repeat(math.ceil(WATCHED_ROWS / len(watched))))
         source = DataSource("table", learned, watched, MemorySplit(parts[0][:0]), DataTransform(transform.shape))
         model = start.fields | ({} if contexts is None else {"backbone": {"context": contexts[0].shape[1]}})
-        # The loss chooses, not log p: a density that is not normalised can give every row a large one.
         fixed = {"train": {"seed": seed}, "data": {"gaussianize": False}, "model": model}
-        by_loss = {"train": {"select": "loss"}}
-        config = make_config(preset_fields(self.preset), by_loss, override_fields(fields), fixed)
+        # The loss chooses, not log p: a density that is not normalised can give every row a large one.
+        config = make_config(preset_fields(self.preset), {"train": {"select": "loss"}}, override_fields(fields), fixed)
         if config.train.max_seconds is not None:
             left = max(config.train.max_seconds - (self.clock() - began), 1e-3)  # one step at least
             config = replace(config, train=replace(config.train, max_seconds=left))
@@ -189,8 +188,7 @@ class TableEstimator(BaseEstimator):
         # Residuals of a regression lie on no values.
         cells = {} if self._conditional else self.columns_.cells
         # Without copies of the same row, and no more than a start counts: all candidates see the same rows.
-        rows = len(self.validation_indices_)
-        counted = slice(0, rows, math.ceil(rows / FIT_ROWS))
+        counted = evenly_spaced(len(self.validation_indices_), FIT_ROWS)
 
         def candidate(step: bool, bent: bool) -> tuple[float, ColumnTransform, list[Tensor], Start]:
             # They come dequantised: the transform must not add noise a second time.
@@ -310,8 +308,7 @@ class DensityEstimator(TableEstimator):
             warn(f"{differ} rows differ in a column that was constant in training, where this density knows nothing")
         model, transform, alpha = self.model_, self.model_.transform, self.model_.schedule.alpha[1]
         y = None if context is None else torch.tensor(context)
-        scoring = Scoring(level=1, steps=50)
-        solver = FlowSolver(model, scoring) if self.likelihood == "flow" else None
+        solver = FlowSolver(model, Scoring(level=1, steps=50)) if self.likelihood == "flow" else None
 
         def one(rows: Tensor, batch: slice) -> Tensor:
             z, label = rows[batch].to(alpha.device), labels_of(y, batch, alpha.device)

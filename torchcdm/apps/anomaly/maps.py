@@ -19,7 +19,7 @@ from torchcdm.apps.anomaly.scores import as_samples, by_batches
 from torchcdm.data.outputs import png, sheet, to_bytes
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
-from torchcdm.random import normal, stream
+from torchcdm.random import evenly_spaced, normal, stream
 from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
@@ -59,7 +59,7 @@ class AnomalyMap:
         """Learns what errors are normal, of at most 500 samples of a ``reference`` that the model was not trained on,
         data units, (N, *shape); UserError as of :func:`torchcdm.apps.anomaly.scores.as_samples`."""
         reference = as_samples(self.model, reference, 2)
-        return self.learn(self.errors(reference[torch.linspace(0, len(reference) - 1, LARGEST).long().unique()]))
+        return self.learn(self.errors(reference[evenly_spaced(len(reference), LARGEST)]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors."""
