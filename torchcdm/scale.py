@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.maps import top_columns
@@ -26,7 +25,7 @@ from torchcdm.data import Inputs
 from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
-from torchcdm.runtime.processes import chosen_device
+from torchcdm.runtime.processes import chosen_device, progress_bar
 from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.training.checkpoint import load
 
@@ -178,7 +177,7 @@ def score_on_ray(
         scored = blocks.map_batches(type(scorer), fn_constructor_kwargs=arguments, batch_size=size, **pool)
         unit = "image" if size > 1 else "part"
         try:
-            with tqdm(total=len(rows), desc=f"{count} workers", unit=unit, disable=not progress) as bar:
+            with progress_bar(None, f"{count} workers", progress, leave=True, total=len(rows), unit=unit) as bar:
                 for batch in scored.iter_batches(batch_size=None, prefetch_batches=0):
                     first, *rest = batch["note"]
                     yield batch | {"note": np.array([" ".join([*notes, first]).strip(), *rest], object)}

@@ -19,6 +19,7 @@ from PIL import Image
 from small_runs import small_flags
 
 import torchcdm
+from torchcdm.apps import denoising
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main
 from torchcdm.data import load_data, save_images
@@ -259,9 +260,19 @@ def test_denoising_removes_noise(capsys, tmp_path, pixels):
 def test_an_image_larger_than_the_model_keeps_its_size_and_the_command_says_so(capsys, tmp_path, pixels):
     save_images(torch.full((1, 1, 12, 20), 100.0), tmp_path, None, ["large"])
     words = ("denoise", pixels, tmp_path / "large.png", "--level", "5", "--device", "cpu", "--out", tmp_path / "out")
-    assert main([str(word) for word in words]) == 0
+    assert main([str(word) for word in (*words, "--quiet")]) == 0
     assert capsys.readouterr().err == "images keep their size, by tiles of the model's 8 x 8 pixels\n"
     assert Image.open(tmp_path / "out" / "000000.png").size == (20, 12)
+
+
+def test_denoising_shows_a_bar_unless_it_is_to_be_quiet(capsys, monkeypatch, tmp_path, pixels):
+    seen = []
+    monkeypatch.setattr(denoising, "progress_bar", lambda parts, what, shown, **_: seen.append(shown) or parts)
+    np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
+    for out, *flags in (["bar"], ["none", "--quiet"]):
+        words = ["denoise", pixels, f"array:{tmp_path / 'x.npy'}", "--level", "5", "--device", "cpu", *flags]
+        succeed(capsys, *words, "--out", tmp_path / out)
+    assert seen == [True, False]
 
 
 @pytest.fixture(scope="module")

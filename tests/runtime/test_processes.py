@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import platform
 import re
+import sys
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -23,7 +25,15 @@ from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, report, single_pass
 from torchcdm.runtime import processes
-from torchcdm.runtime.processes import Processes, _shared_by, map_rows, memory_kept, rows_at_a_time, sharing
+from torchcdm.runtime.processes import (
+    Processes,
+    _shared_by,
+    map_rows,
+    memory_kept,
+    progress_bar,
+    rows_at_a_time,
+    sharing,
+)
 from torchcdm.training.evaluation import level_sums
 from torchcdm.training.loop import train
 from torchcdm.units import DataTransform
@@ -204,6 +214,14 @@ def test_batches_go_by_the_size_of_a_sample(dim, on_cpu, on_gpu):
 
     map_rows(work, on_cpu + 1, dim=dim, device=torch.device("cpu"))
     assert seen == [on_cpu, 1]
+
+
+@pytest.mark.parametrize(("own", "terminal", "seconds"), [(True, False, 10), (True, True, 0.5), (False, False, 0.5)])
+def test_a_log_gets_a_bar_seldom_and_a_terminal_or_a_notebook_often(monkeypatch, own, terminal, seconds):
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__ if own else io.StringIO())
+    monkeypatch.setattr(os, "isatty", lambda _: terminal)
+    with progress_bar(range(3), "work", True) as bar:
+        assert bar.mininterval == seconds and list(bar) == [0, 1, 2]
 
 
 def test_no_rows_are_refused():

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.target import Evaluated, Target
@@ -24,7 +23,7 @@ from torchcdm.diffusion.gaussian import MatrixRotation
 from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.random import normal
-from torchcdm.runtime.processes import alone
+from torchcdm.runtime.processes import alone, progress_bar
 
 BEST_ACCEPTANCE = 0.57  # of Langevin moves in many dimensions (Roberts and Rosenthal 1998)
 # Step sizes in units of the squared scale of each direction; beyond 2 a move overshoots even a Gaussian.
@@ -136,7 +135,7 @@ def smc(
     """
     schedule, step, length, n = target.schedule, FIRST_STEP, 1, islands * size
     x, log_start = target.start(n, generator)
-    bar = tqdm(total=schedule.T - level, desc="particles", unit="level", disable=not progress, leave=False)
+    bar = progress_bar(None, "particles", progress, total=schedule.T - level, unit="level")
     # Particles depend on each other: were there differences in rounding between processes, resampling would turn
     # them into other particles.
     with alone(), bar:

@@ -14,14 +14,13 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import States, adapted, chance, langevin, smc
 from torchcdm.annealing.ratios import Ratios, autocorrelation_time, bar, mbar
 from torchcdm.annealing.target import Target
 from torchcdm.random import normal
-from torchcdm.runtime.processes import alone
+from torchcdm.runtime.processes import alone, progress_bar
 
 # Largest deviation of the work between rungs, nats: as half of all swaps are accepted, replicas cross N rungs in the
 # fewest evaluations (Syed et al. 2022), about N² sweeps.
@@ -96,7 +95,7 @@ class Replicas:
         self.every = math.ceil(sweeps * (len(x) + self.columns) * (self.count + 1) / KEPT_VALUES)
         self.x = x.new_empty(-(-sweeps // self.every), self.columns, *x.shape[1:])
         with alone():
-            for sweep in tqdm(range(-burn_in, sweeps), "replicas", unit="sweep", disable=not progress, leave=False):
+            for sweep in progress_bar(range(-burn_in, sweeps), "replicas", progress, unit="sweep"):
                 for _ in range(self.moves):
                     each = self.step.repeat_interleave(self.columns)
                     accepted = langevin(self.target, self.kernels, self.states, each, self.generator)

@@ -20,6 +20,7 @@ from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers
+from torchcdm.runtime.processes import progress_bar
 from torchcdm.runtime.validation import Count, Positive, checked
 from torchcdm.units import DataTransform
 
@@ -125,8 +126,9 @@ def denoise(
 
 @torch.no_grad()
 def denoise_all(
-    model: Denoiser, x: Sequence[Tensor], level: int | None = None, noise_std: float | None = None
-) -> tuple[list[Tensor], Tensor]:
+    model: Denoiser, x: Sequence[Tensor], level: int | None = None, noise_std: float | None = None,
+    progress: bool = False,
+) -> tuple[list[Tensor], Tensor]:  # fmt: skip
     """Removes white noise from many samples, or from images of any size, by tiles that overlap by a half and more.
 
     All tiles of an image are denoised at one level: that of the median of the noise found in them where none is given.
@@ -137,10 +139,9 @@ def denoise_all(
     """
     if not len(x):
         raise UserError("nothing to denoise: there are no samples")
-    if {part.shape for part in x} == {model.shape}:
-        found = [denoise(model, part, level, noise_std) for part in torch.stack(list(x)).split(BATCH)]
-    else:
-        found = [_by_tiles(model, part, level, noise_std) for part in x]
+    small = {part.shape for part in x} == {model.shape}
+    parts, clean = (torch.stack(list(x)).split(BATCH), denoise) if small else (x, _by_tiles)
+    found = [clean(model, part, level, noise_std) for part in progress_bar(parts, "denoising", progress, delay=1)]
     return [one for part, _ in found for one in part.cpu()], torch.cat([ratio for _, ratio in found])
 
 

@@ -141,7 +141,7 @@ def _scoring(command: Callable[..., Parser]) -> None:
     add(parser, "--port P", "the first free one from 7860 on by default", int)
     add(parser, "--reference PATH", "normal data to compare with and choose from (MODEL's own)", files, nargs="+")
 
-    example, shared = "cdm denoise runs/pixels noisy.npy --noise-std 4 --out clean", "model paths skip-bad device"
+    example, shared = "cdm denoise runs/pixels in.npy --noise-std 4 --out clean", "model paths skip-bad quiet device"
     parser = command("scoring:denoise", "remove white noise from images, arrays or tables", example, shared)
     strength = parser.add_mutually_exclusive_group()
     add(strength, "--level T", "noise of this level", int)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.detector import trained_on
@@ -24,7 +23,7 @@ from torchcdm.data import Inputs, save_array, save_images, save_table
 from torchcdm.data.outputs import check_no_more
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import check_output_folder, write_rows, written
-from torchcdm.runtime.processes import chosen_device, sharing
+from torchcdm.runtime.processes import chosen_device, progress_bar, sharing
 from torchcdm.runtime.validation import ProperShare, read_as
 from torchcdm.scale import Scorer, score_on_ray
 from torchcdm.training.checkpoint import load, read_info
@@ -65,7 +64,7 @@ def score(options: argparse.Namespace) -> None:
         words = {"fpr": fpr, "skip_bad": options.skip_bad, "device": device}
         scorer = Scorer(model, detector, None if images else explain, **words)
         if inputs is not None:
-            starts = tqdm(range(0, len(inputs.x), AT_ONCE), "scoring", disable=not main or options.quiet, leave=False)
+            starts = progress_bar(range(0, len(inputs.x), AT_ONCE), "scoring", main and not options.quiet)
             parts = [scorer.judge(Inputs(*(part[k : k + AT_ONCE] for part in inputs[:3]))) for k in starts]
             judged = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} | {"note": inputs.notes}
         if options.maps is not None:
@@ -91,8 +90,7 @@ def score(options: argparse.Namespace) -> None:
 
 def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[dict[str, np.ndarray], dict[int, str]]:
     """Rows to a CSV file as they come; the columns ``KEPT`` of all, and the names of the most anomalous by row."""
-    kept: dict[str, list[Any]] = {name: [] for name in KEPT}
-    names, said, row = dict[int, str](), set(), 0
+    kept, names, said, row = list[dict[str, np.ndarray]](), dict[int, str](), set(), 0
     with written(Path(os.devnull) if path is None else path, text=True) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("row", "input", "score", "percentile", "flag", "where"))
@@ -107,11 +105,10 @@ def _written(batches: Iterable[Mapping[str, Any]], path: Path | None) -> tuple[d
             for name, score, percentile, flag, where in zip(*columns, strict=True):
                 writer.writerow((row, name, f"{score:.6g}", f"{percentile:.3f}", int(flag), where))
                 row += 1
-            for name, values in kept.items():
-                values.append(batch[name])
+            kept.append({name: batch[name] for name in KEPT})
     if not row:
         raise UserError("there is nothing to score: nothing could be read")
-    return {name: np.concatenate(values) for name, values in kept.items()}, names
+    return {name: np.concatenate([part[name] for part in kept]) for name in KEPT}, names
 
 
 def _highest(scores: Sequence[float]) -> list[int]:
@@ -170,7 +167,7 @@ def denoise(options: argparse.Namespace) -> None:
         for name, columns in zip(names, deviating, strict=True):
             if columns:
                 raise UserError(f"{name}: holds what training never had, in {columns}; leave it out")
-    clean, noise = denoise_all(model, list(x), options.level, options.noise_std)
+    clean, noise = denoise_all(model, list(x), options.level, options.noise_std, not options.quiet)
     levels = nearest_level(model.schedule, noise)
     scale = common_scale(model.transform)
     noise = noise if scale is None else scale * noise

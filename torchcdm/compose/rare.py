@@ -17,7 +17,6 @@ from typing import Annotated, final
 import torch
 from annotated_types import Ge
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import Kernels
 from torchcdm.annealing.particles import FIRST_STEP, States, adapted, chance, langevin, smc, systematic
@@ -29,6 +28,7 @@ from torchcdm.diffusion.schedules import Level
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, evaluation_mode
 from torchcdm.random import normal, stream
+from torchcdm.runtime.processes import progress_bar
 from torchcdm.runtime.validation import Count, Float, Seed, checked
 
 KEEP = 0.75  # share of the particles above the next threshold
@@ -124,7 +124,7 @@ def climb(
     states, weights = found.states, found.log_weights.softmax(1) * found.log_estimates.softmax(0)[:, None]
     first = torch.bincount(states.origin, weights.flatten())
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
-    bar = tqdm(desc="thresholds", disable=not progress, leave=False)
+    bar = progress_bar(None, "thresholds", progress)
     while True:
         values = event(states.x)
         # The highest value above which there is KEEP of the weight; with ties less may be above it.

@@ -29,7 +29,7 @@ from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, 
 from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, share
+from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, progress_bar, share
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
@@ -194,12 +194,10 @@ def trajectories(
     or from a lower one for a ``denoiser`` with moments; at the last samples end. ``y`` is one label each. A batch that
     memory did not hold begins anew with half as many, for ``moved`` too.
     """
-    from tqdm.auto import tqdm
-
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
-    total = len(share(n)) * (len(path) - 1)
-    bar = tqdm(total=total, desc="sampling", unit="sample step", unit_scale=True, disable=not progress)
+    look = {"total": len(share(n)) * (len(path) - 1), "unit": "sample step", "unit_scale": True, "leave": True}
+    bar = progress_bar(None, "sampling", progress, **look)
 
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)
@@ -311,8 +309,7 @@ def _by_particles(
             found = smc(target, kernels, 1, islands, size, generator, moves, spacing=works, progress=progress)
             x, estimates = found.states.x, found.log_estimates
             log_w = (estimates[:, None] + found.log_weights.log_softmax(1)).flatten().log_softmax(0)
-            name = f"smc, {islands} x {size} particles, {moves} moves"
-            log_z = LogZ.of_weights(estimates, name, 1, x[0].numel())
+            log_z = LogZ.of_weights(estimates, f"smc, {islands} x {size} particles, {moves} moves", 1, x[0].numel())
             ess = min(float(effective(log_w[None])), float(found.least.sum()))
         if not ess >= COLLAPSE * particles:  # which nan is not
             what = f"the weights have collapsed: {ess:.1f} of {particles} particles count"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from torchcdm.data.images import IMAGE, SUFFIXES, ImageInfo, convertible, describe, read_image
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import MEMORY_LIMIT, NO_LABEL, CropSplit, LazySplit, Samples
 from torchcdm.errors import UserError, reason
+from torchcdm.runtime.processes import progress_bar
 
 # What splits are called, here and on the Hub.
 SPLIT_NAMES = {
@@ -116,7 +116,7 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
     ``skip_bad`` every file is decoded. UserError for one that cannot be read, or two that differ."""
     good: dict[Path, ImageInfo] = {}
     bad: list[Path] = []
-    for path in tqdm(paths, "checking images", disable=len(paths) < 5000, leave=False):
+    for path in progress_bar(paths, "checking images", len(paths) >= 5000):
         try:
             info = describe(path)
             if options.crop is not None and min(info.size[0] - options.crop[0], info.size[1] - options.crop[1]) < 0:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import torch
 from annotated_types import Len
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
 from torchcdm.annealing.target import ModelTarget
@@ -25,7 +24,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import DensityModel
 from torchcdm.random import evenly_spaced
 from torchcdm.runtime.files import without_nan
-from torchcdm.runtime.processes import share
+from torchcdm.runtime.processes import progress_bar, share
 from torchcdm.runtime.validation import checked
 from torchcdm.units import LogLikelihood, standard_error
 
@@ -269,9 +268,9 @@ def _with_bars(model: Denoiser, rows: Mapping[str, int], progress: bool) -> Iter
     """The stages, each with a bar of the rows that the network has seen; log Z has one of its own."""
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     for stage, total in rows.items():
-        bar = tqdm(total=total, desc=f"likelihood, {stage}", bar_format=form, disable=not (progress and total))
+        bar = progress_bar(None, f"likelihood, {stage}", progress and total > 0, True, total=total, bar_format=form)
 
-        def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, bar: tqdm = bar) -> None:
+        def count(network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, bar: Any = bar) -> None:
             bar.update(len(inputs[0]))
 
         with bar, (getattr(model, "backbone", None) or model).register_forward_hook(count):

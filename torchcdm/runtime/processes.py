@@ -1,4 +1,4 @@
-"""Devices by name; processes that share a training step or the samples of a measurement; batches and their memory."""
+"""Devices by name; processes that share a training step or the samples of a measurement; bars; batches and memory."""
 
 from __future__ import annotations
 
@@ -89,6 +89,14 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
 def is_first() -> bool:
     """Whether this process is the one that speaks, before there is a group: the launcher tells the others theirs."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress_bar(items: Any, what: str, shown: bool, leave: bool = False, **options: Any) -> Any:
+    """tqdm's bar over ``items``, if any. A log keeps all that is drawn of it: it is drawn there every ten seconds."""
+    from tqdm.auto import tqdm
+
+    is_log = sys.stderr is sys.__stderr__ and not os.isatty(2)  # a notebook has a stderr of its own
+    return tqdm(items, what, leave=leave, disable=not shown, mininterval=10.0 if is_log else 0.5, **options)
 
 
 def several() -> bool:

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from torchcdm.annealing.ratios import best_constants
 from torchcdm.compose.sampling import STEPS, Draws, sample
@@ -31,7 +30,7 @@ from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.networks.heads import from_zero
-from torchcdm.runtime.processes import labels_of, map_rows
+from torchcdm.runtime.processes import labels_of, map_rows, progress_bar
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.evaluation import at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
@@ -135,8 +134,7 @@ def compare(
         nothing = nn.Sequential(nn.Flatten(), from_zero(nn.Linear(source.transform.dim, model.schedule.T + 2)))
         gaussian = ClassificationDiffusion(nothing.requires_grad_(False), base.schedule, model.transform, base)
         compared["gaussian"] = (gaussian.to(model.schedule.alpha.device), "validation")
-    bar = tqdm(compared.items(), "comparing models", disable=not progress, leave=False)
-    values = {name: scored(*pair) for name, pair in bar}
+    values = {name: scored(*pair) for name, pair in progress_bar(compared.items(), "comparing models", progress)}
     if is_gaussian and not config.model.class_gaussians:
         values["gaussian"] = values["start"]
     means = {name: float(value.mean()) for name, value in values.items()}

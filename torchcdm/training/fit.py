@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
+from torchcdm.runtime.processes import progress_bar
 from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training import loop
 from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
@@ -70,8 +70,8 @@ def fit(
         out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.training.loop.train`.
         progress: Shows a progress bar, and what was read off the data.
-        budget: Time for all of it: seconds, or a text such as ``10m``. The preset ``encoder`` takes the largest
-            network that has enough steps in it, and half an hour where neither this nor ``steps`` is given.
+        budget: Time of the steps: seconds, or a text such as ``10m``. The preset ``encoder`` fits all else to it, too:
+            the largest network that has enough steps in it; half an hour where neither this nor ``steps`` is given.
         resume: Goes on from the last state in ``out``, if there is one; the data and the network are to be the same.
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
@@ -312,7 +312,7 @@ def with_budget(
     model = choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
     width, batch, took = 0, 0, 0.0
-    for wider, larger in tqdm(SIZES, "timing steps", disable=not progress, leave=False):  # the first in any case
+    for wider, larger in progress_bar(SIZES, "timing steps", progress):  # the first in any case
         # Costs grow with the square of the width: a size that is clearly too large is not tried.
         if took and training / (took * larger / batch * (wider / width) ** 1.5) < WANTED_STEPS / 2:
             break

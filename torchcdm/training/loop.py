@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from torchcdm.data import DataSource, fingerprint
 from torchcdm.diffusion.start import FIELDS
@@ -24,7 +23,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
 from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import without_nan, write_file, write_json
-from torchcdm.runtime.processes import Processes, is_first, memory_kept
+from torchcdm.runtime.processes import Processes, is_first, memory_kept, progress_bar
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
@@ -187,9 +186,9 @@ class Trainer:
         self.model.train()  # what is compiled, too: a model that was loaded is in eval mode
         self.ended, loss = None, self._wrapped()
         began = self.clock() - self.seconds
-        form = "training: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        look = {"bar_format": form, "mininterval": 0.5, "smoothing": 0.05, "dynamic_ncols": True}
-        bar = tqdm(total=1.0, initial=self._share(), disable=not self.progress, **look)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        look = {"bar_format": form, "smoothing": 0.05, "dynamic_ncols": True, "leave": True}
+        bar = progress_bar(None, "training", self.progress, total=1.0, initial=self._share(), **look)
         # Signals wait during the steps alone: what follows can be stopped at once, as the steps are saved.
         with bar, memory_kept(), signals() as received:
             for batch in self.batches(self.step, options.steps, self.loss, self.device):
