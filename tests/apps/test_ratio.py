@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 from damage import resealed
 from gaussian_pair import exact, samples
 from oracles import normal
@@ -77,6 +78,23 @@ def test_images():
     ratio = DensityRatio(0, device="cpu", **options).fit(bright.astype(np.uint8), dark.astype(np.uint8))
     both = np.concatenate([bright[:10], dark[:10]]).astype(np.uint8)
     assert (np.sign(ratio.log_ratio(both)) == np.repeat([1, -1], 10)).all()
+
+
+def test_log_ratios_are_in_full_precision(ratio, monkeypatch):
+    """A small difference of log densities in the thousands is none of products in TF32, which a user may have set."""
+    seen, log_prob_levels = [], ratio._model.base.log_prob_levels
+
+    def watched(x):
+        seen.append(torch.get_float32_matmul_precision())
+        return log_prob_levels(x)
+
+    monkeypatch.setattr(ratio._model.base, "log_prob_levels", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        ratio.log_ratio(samples(20)[0])
+        assert set(seen) == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 # --- the Gaussians that it starts from ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import Readers, all_or_nothing, described, description, restore, restoring
 from torchcdm.apps.ratio import checks
 from torchcdm.apps.ratio.blending import blend, most
@@ -30,7 +31,6 @@ from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import evenly_spaced, permutation
 from torchcdm.runtime.artefact import read_artefact
-from torchcdm.runtime.processes import map_rows
 from torchcdm.runtime.validation import Seed, checked, read_as
 from torchcdm.training.checkpoint import KINDS, load, save
 from torchcdm.training.config_files import make_config, preset_fields
@@ -334,7 +334,7 @@ class DensityRatio:
         Gaussians stand in the place of a network without weight in the blend, which is not asked."""
         model, device = self._model, self._model.schedule.alpha.device
         asked = not self.blend or self.blend.get("network")
-        z = self._model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
+        z = model.info.transform(self._coordinates(x)).clamp(-FARTHEST, FARTHEST)
 
         def one(rows: slice) -> Tensor:
             part = z[rows].to(device, working_dtype(model, torch.float32))
@@ -343,8 +343,7 @@ class DensityRatio:
             base = base.expand(-1, 2)
             return torch.stack([base, model.class_log_prob_levels(part)[:, :, 0] if asked else base], 1).cpu()
 
-        with torch.no_grad():
-            return map_rows(one, len(z), dim=z.shape[1:].numel(), device=device).numpy()
+        return in_batches(model, z, one).numpy()
 
     def _estimates(self, x: Tensor, log_probs: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Log ratios of samples by each estimate, float64 (N,)."""
