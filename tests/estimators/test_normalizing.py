@@ -2,16 +2,18 @@
 
 import pytest
 import torch
+from torch import nn
 
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.estimators.density import WIDE, CDMDensity, importance_normalizers
 
 
-class Normal:
+class Normal(nn.Module):
     """A density that integrates to 1, with the mass where the blurred half of the proposal has it."""
 
     def __init__(self):
+        super().__init__()
         self.schedule = UniformSigmaSchedule(20)
         train = 0.05 * torch.randn(4000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.base = GaussianMarginals.fit(train, self.schedule, 1e-6, "full")

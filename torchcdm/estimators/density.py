@@ -14,12 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from typing_extensions import Self
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.apps.fitted import all_or_nothing
 from torchcdm.estimators.base import DensityEstimator, TableEstimator, data_frame, noisy_copies
 from torchcdm.likelihood import LogZ
 from torchcdm.models.density import DensityModel
 from torchcdm.random import stream
-from torchcdm.runtime.processes import labels_of, map_rows
+from torchcdm.runtime.processes import labels_of
 from torchcdm.runtime.validation import Count, read_as
 from torchcdm.units.frames import is_frame
 from torchcdm.units.table import Encoded
@@ -105,13 +106,12 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         log_p = self._log_density(found, found.x, lambda rows: rows)
         return log_p - self.normalizer_.value if self.likelihood == "one-pass" else log_p
 
-    @torch.no_grad()
     def _after_training(self, codes: Tensor, held_out: Tensor, seed: int) -> None:
         """Finds the share of what the network adds under which held-out rows are most probable, normalised."""
         model, shares = self.model_, torch.tensor(SHARES, dtype=torch.float64)
         z = model.transform(next(self._noisy(held_out)).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
-        added = map_rows(lambda rows: _base_and_network(model, z[rows])[1], len(z), dim=z.shape[1], device=z.device)
+        added = in_batches(model, z, lambda rows: _base_and_network(model, z[rows])[1])
         log_z = torch.tensor([one.value if one.usable else torch.inf for one in found])
         best = int((shares * float(added.mean()) - log_z).argmax())
         self.normalizer_, self.share_ = found[best], SHARES[best]
@@ -133,7 +133,6 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         return self._decoded(self._draws(n_samples, random_state))
 
 
-@torch.no_grad()
 def importance_normalizers(model: DensityModel, seed: int = 0, draws: int = DRAWS) -> list[LogZ]:
     """Z = E_q[p(x) / q(x)] of an unconditional model of vectors, q half the base density and half its blurred copy.
 
@@ -158,7 +157,7 @@ def log_importance_weights(model: DensityModel, half: int, seed: int, y: Tensor 
         blurred = model.base.log_prob_levels(schedule.alpha[wide] * x[rows])[:, wide] + dim * log_alpha
         return torch.stack([base - torch.logaddexp(base, blurred) + math.log(2), added], 1).cpu()
 
-    return map_rows(log_weights, len(x), dim=dim, device=x.device)
+    return in_batches(model, x, log_weights)
 
 
 def _base_and_network(model: DensityModel, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
