@@ -223,7 +223,6 @@ def read_log_z(folder: Path, device: str | torch.device = "cpu") -> LogZ | None:
 
 
 @checked
-@torch.no_grad()
 def log_normalizer(
     model: DensityModel, x: Tensor | None = None, y: int | None = None, scoring: Scoring = Scoring(),
     sweeps: Sweeps = SWEEPS, replicas: Annotated[Count, Ge(2)] = REPLICAS, kernels: Kernels | None = None,

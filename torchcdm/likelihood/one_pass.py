@@ -47,7 +47,6 @@ def single_pass(
     return LogLikelihood(torch.stack(draws).mean(0), transform.dim, level, transform.log_bin, scoring.draws)
 
 
-@torch.no_grad()
 def score_noisy(model: Denoiser, batch: ScoredBatch, level: int) -> tuple[Tensor, Tensor, Tensor]:
     """The samples at a level above 0, scored by one network evaluation.
 

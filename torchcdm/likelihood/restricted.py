@@ -119,7 +119,6 @@ def prior_of(model: DensityModel) -> Tensor:
     return model.log_class_prior.double() if model.joint else model.schedule.alpha.new_zeros(1)
 
 
-@torch.no_grad()
 def evaluated(model: DensityModel, z: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """E[x_0 | z] (B, *shape), and log p(z|y) of every class, or of none, and level, (B, classes, T+2): one pass."""
     with torch.enable_grad():
@@ -165,7 +164,6 @@ def log_q(schedule: NoiseSchedule, noise: Tensor, level: int) -> Tensor:
     return log_normal(noise.flatten(1)).sum(1) - noise[0].numel() * schedule.sigma[level].log()
 
 
-@torch.no_grad()
 def measured_steps(model: DensityModel, x: Tensor, level: int, scoring: Scoring = Scoring()) -> list[MeasuredStep]:
     """Steps of a chain from a level that decodes up to ``level``, at about equal ratios of the levels.
 
