@@ -148,9 +148,9 @@ def test_errors_at_rows_left_out_are_those_at_new_rows(curved):
 def test_kernels_of_a_large_table_are_those_of_some_rows_at_a_time(monkeypatch):
     x = np.random.RandomState(0).normal(size=(900, 2))
     found, _ = fit_smooth(x, np.sin(2 * x[:, :1]))
-    at_once, rows, kernels = found(x), [], smooth._kernels
+    at_once, rows, kernels = found(x), [], smooth.rbf_kernel
     monkeypatch.setattr(smooth, "ROWS", 400)
-    monkeypatch.setattr(smooth, "_kernels", lambda z, *rest: rows.append(len(z)) or kernels(z, *rest))
+    monkeypatch.setattr(smooth, "rbf_kernel", lambda z, *rest: rows.append(len(z)) or kernels(z, *rest))
     np.testing.assert_allclose(found(x), at_once, rtol=1e-12)
     assert rows == [400, 400, 100] and found(x[:0]).shape == (0, 1)
 

@@ -6,6 +6,7 @@ from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics.pairwise import rbf_kernel
 
 PENALTIES = np.geomspace(1e-2, 1e4, 13)
 WIDTHS = (0.1, 0.3, 1.0, 3.0)  # kernels that are tried: exp(-width * mean squared distance)
@@ -25,7 +26,7 @@ class SmoothRegression(NamedTuple):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         y = x @ self.weights[:, :-1].T + self.weights[:, -1]
         for k in range(0, len(x), ROWS):  # kernels of all rows of a large table would be gigabytes
-            y[k : k + ROWS] += _kernels(x[k : k + ROWS] @ self.axes, self.landmarks) @ self.coefficients
+            y[k : k + ROWS] += rbf_kernel(x[k : k + ROWS] @ self.axes, self.landmarks, 1.0) @ self.coefficients
         return y
 
 
@@ -46,18 +47,14 @@ def fit_smooth(x: np.ndarray, y: np.ndarray, smooth: bool = True) -> tuple[Smoot
     for space, width in product(spaces, WIDTHS) if smooth else ():
         axes = space * np.sqrt(width / space.shape[1])
         z = x[:ROWS] @ axes
-        values, basis = np.linalg.eigh(_kernels(z[:LANDMARKS], z[:LANDMARKS]))
+        values, basis = np.linalg.eigh(rbf_kernel(z[:LANDMARKS], gamma=1.0))
         # Numbers whose inner products are the kernels, as well as so many can have them.
         root = (basis / np.sqrt(values.clip(1e-300)))[:, values > 1e-7 * values[-1]]
-        coefficients, smaller, left = _ridge(_kernels(z, z[:LANDMARKS]) @ root, errors)
+        coefficients, smaller, left = _ridge(rbf_kernel(z, z[:LANDMARKS], 1.0) @ root, errors)
         if left.mean() < least:
             least, left_out = left.mean(), np.where(left < LEFT, smaller, errors)
             found = SmoothRegression(weights, axes, z[:LANDMARKS], root @ coefficients * (left < LEFT))
     return found, np.r_[left_out, y[ROWS:] - found(x[ROWS:])]
-
-
-def _kernels(z: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    return np.exp(-((z**2).sum(1)[:, None] + (landmarks**2).sum(1) - 2 * z @ landmarks.T).clip(0))
 
 
 def _ridge(features: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
