@@ -26,6 +26,7 @@ from torchcdm.data import load_data, save_images
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import warn
 from torchcdm.networks.mlp import MLP
+from torchcdm.training import evaluation
 from torchcdm.training.checkpoint import read_info
 from torchcdm.training.loop import Interrupted
 from torchcdm.units import DataTransform
@@ -265,14 +266,16 @@ def test_an_image_larger_than_the_model_keeps_its_size_and_the_command_says_so(c
     assert Image.open(tmp_path / "out" / "000000.png").size == (20, 12)
 
 
-def test_denoising_shows_a_bar_unless_it_is_to_be_quiet(capsys, monkeypatch, tmp_path, pixels):
+def test_long_work_shows_a_bar_unless_it_is_to_be_quiet(capsys, monkeypatch, tmp_path, pixels):
     seen = []
-    monkeypatch.setattr(denoising, "progress_bar", lambda parts, what, shown, **_: seen.append(shown) or parts)
+    for module in (denoising, evaluation):
+        monkeypatch.setattr(module, "progress_bar", lambda parts, what, shown, **_: seen.append(shown) or parts)
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
-    for out, *flags in (["bar"], ["none", "--quiet"]):
-        words = ["denoise", pixels, f"array:{tmp_path / 'x.npy'}", "--level", "5", "--device", "cpu", *flags]
-        succeed(capsys, *words, "--out", tmp_path / out)
-    assert seen == [True, False]
+    for flags in ([], ["--quiet"]):
+        words = [f"array:{tmp_path / 'x.npy'}", "--level", "5", "--out", tmp_path / f"out{len(flags)}"]
+        succeed(capsys, "denoise", pixels, "--device", "cpu", *words, *flags)
+        succeed(capsys, "evaluate", pixels, "--device", "cpu", "--limit", "9", *flags)
+    assert seen == [True, True, False, False]
 
 
 @pytest.fixture(scope="module")

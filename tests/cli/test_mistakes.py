@@ -108,7 +108,7 @@ def test_more_than_memory_holds_is_a_line(capsys, monkeypatch, run, error):
     def evaluated(*_, **__):
         raise error
 
-    monkeypatch.setattr("torchcdm.cli.measuring.evaluated", evaluated)
+    monkeypatch.setattr("torchcdm.training.evaluation.evaluate", evaluated)
     assert "2 TiB); ask for less" in refuse(capsys, "evaluate", run, "--draws", "1000000000")
 
 

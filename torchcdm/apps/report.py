@@ -40,7 +40,7 @@ def write_report(
     split, limit, lines = getattr(source, split_name), config.report.limit, read_metrics(folder.metrics)
     last = {"step": 0, "seconds": 0.0} | (lines[-1] if lines else {})
     limit = affordable(config, last["step"], FLOW_COST, 8, 500) if limit is None else limit
-    evaluation = evaluate(model, split, limit)
+    evaluation = evaluate(model, split, limit, progress=progress)
     nll, beside = None, []
     methods = [method for method in config.report.methods if method in methods_of(model)]
     if methods:

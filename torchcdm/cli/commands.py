@@ -118,7 +118,7 @@ def _measuring(command: Callable[..., Parser]) -> None:
     add(parser, "--seed", None, int)
 
     what, example = "level accuracy, cross-entropy and denoising error per level", "cdm evaluate runs/digits"
-    parser = command("measuring:evaluate", what, example, "model data split limit json device")
+    parser = command("measuring:evaluate", what, example, shared)
     add(parser, "--draws K", "noisy copies of each sample (4)", count)
 
 

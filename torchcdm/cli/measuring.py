@@ -17,9 +17,8 @@ from torchcdm.likelihood import Scoring, methods_of, report
 from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
+from torchcdm.training import evaluation
 from torchcdm.training.checkpoint import load
-from torchcdm.training.evaluation import evaluate as evaluated
-from torchcdm.training.evaluation import labels_for
 from torchcdm.zoo import located
 
 
@@ -37,7 +36,7 @@ def nll(options: argparse.Namespace) -> None:
             methods = [method for method in map(str.strip, options.methods.split(",")) if method]
         source = model.info.read_source(model, options.data, labelled=options.conditional)
         x, labels = source.split(options.split).tensors(options.limit)
-        y = labels_for(model, labels) if options.conditional else None
+        y = evaluation.labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
         measured = "logz" in methods
@@ -58,7 +57,8 @@ def evaluate(options: argparse.Namespace) -> None:
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
         source = model.info.read_source(model, options.data, labelled=True)
-        values = evaluated(model, source.split(options.split), options.limit, **given(draws=options.draws))
+        how = given(draws=options.draws) | {"progress": main and not options.quiet}
+        values = evaluation.evaluate(model, source.split(options.split), options.limit, **how)
     if main:
         text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
         tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)

@@ -171,8 +171,7 @@ def _resampled(states: States, weights: Tensor, generator: Generator) -> tuple[S
     for k, row in enumerate(weights):
         order = torch.randperm(half, generator=generator).to(row.device)
         share = row[order] / mass[k] if mass[k] > 0 else torch.full_like(row, 1 / half)
-        offset = torch.rand(1, generator=generator, dtype=torch.float64).to(row.device)
-        picked = systematic(share[None], offset)[0]
+        picked = systematic(share[None], torch.rand(1, generator=generator, dtype=torch.float64).to(row.device))[0]
         copies = torch.bincount(picked, minlength=half)
         pairs = float((copies * (copies - 1)).sum()) / half**2 - float(share.square().sum()) + 1 / half
         spurious += float(mass[k]) ** 2 * pairs

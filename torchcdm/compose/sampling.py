@@ -318,7 +318,6 @@ def _by_particles(
             warn(f"{what}; {mend}; {or_else}")
         x_0 = kernels.x0(x, target.eps(x, 1), 1)
         x_0 = finished(model, x_0, units).to(working_dtype(model, torch.get_default_dtype()))
-    offset = torch.rand(1, generator=generator, dtype=torch.float64)
-    spread = systematic(log_w.exp().cpu()[None], offset)[0]
+    spread = systematic(log_w.exp().cpu()[None], torch.rand(1, generator=generator, dtype=torch.float64))[0]
     chosen = spread[torch.randperm(len(spread), generator=generator)[:n]]
     return Draws(as_rows(model, x_0[chosen], units), ess, log_z, x_0, log_w.cpu())

@@ -17,7 +17,7 @@ from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.random import stream
 from torchcdm.runtime.files import without_nan
-from torchcdm.runtime.processes import map_rows
+from torchcdm.runtime.processes import map_rows, progress_bar
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
@@ -72,7 +72,9 @@ def at_all_levels(model: Denoiser, x: Tensor, draws: int = 1, seed: int = 0, y: 
 
 
 @torch.no_grad()
-def level_sums(model: Denoiser, x: Tensor, y: Labels = None, draws: int = 1, seed: int = 0) -> dict[str, Tensor]:
+def level_sums(
+    model: Denoiser, x: Tensor, y: Labels = None, draws: int = 1, seed: int = 0, progress: bool = False
+) -> dict[str, Tensor]:
     """Errors with fixed noise; arguments as of :func:`at_all_levels`.
 
     Sums over samples at each level, each (T+2,), float64: ``count``; ``mse``, squared error of eps (mean over d); with
@@ -91,7 +93,8 @@ def level_sums(model: Denoiser, x: Tensor, y: Labels = None, draws: int = 1, see
         mse = (batch.eps - eps).square().flatten(1).mean(1)
         return torch.stack([value.double() for value in (torch.ones_like(mse), mse, *rest)], 1)
 
-    for batch in at_all_levels(model, x, draws, seed, y):
+    batches, total = at_all_levels(model, x, draws, seed, y), -(-len(x) * draws // BATCH)
+    for batch in progress_bar(batches, "levels", progress, total=total, delay=1):
         sums.index_add_(1, batch.t.cpu(), batch.by_parts(errors).T)
     return dict(zip(names, sums, strict=True))
 
@@ -113,17 +116,18 @@ def validate(model: Denoiser, x: Tensor, y: Labels, ce_weight: float = 0, mse_we
     return values
 
 
-def evaluate(model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    model: Denoiser, split: Split, limit: int | None = None, draws: int = 4, seed: int = 0, progress: bool = False
+) -> dict[str, Any]:
     """Denoising error, cross-entropy and accuracy of the level on a split: ``limit`` samples, ``draws`` copies each.
 
     ``count``, ``draws``, ``levels`` (T+2); ``mean`` with ``mse`` (levels 0 and T+1 left out), and of a cdm ``ce`` and
     ``accuracy``; ``per_level`` with a list for each, null where no sample fell on a level.
     """
     x, labels = split.tensors(limit)
-    sums = level_sums(model, x, labels_for(model, labels), draws, seed)
-    counts = sums.pop("count")
+    sums = level_sums(model, x, labels_for(model, labels), draws, seed, progress)
+    mean, counts = means(sums), sums.pop("count")
     per_level = {name: without_nan((values / counts).tolist()) for name, values in sums.items()}
-    mean = means({"count": counts, **sums})
     return {"count": len(x), "draws": draws, "levels": len(counts), "mean": mean, "per_level": per_level}
 
 

@@ -212,8 +212,7 @@ def trained(
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
-            source = in_units(source, config.data)
-            loop.train(config, run, source, device=device, progress=progress, **given)
+            loop.train(config, run, in_units(source, config.data), device=device, progress=progress, **given)
         except Interrupted as error:
             if out is not None:
                 raise
@@ -251,8 +250,7 @@ def _prepared(
     # As it was read: what is done with the run later has to find the same splits.
     read = source.options or replace(options, label=labels if isinstance(labels, str) else None)
     given |= {name: value for name, value in encode(read).items() if name not in AFTER_READING}
-    layer = merge(layer, {"data": given})
-    return source, [preset_fields(preset or usual_preset(source)), layer]
+    return source, [preset_fields(preset or usual_preset(source)), merge(layer, {"data": given})]
 
 
 def usual_preset(source: DataSource) -> str:
