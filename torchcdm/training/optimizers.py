@@ -37,7 +37,7 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     """AdamW, which is Adam with a weight decay of 0, or :class:`MuonAdamW`."""
     if config.optimizer == "muon":
         return MuonAdamW(model, config)
-    return torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(model.parameters(), config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -73,7 +73,7 @@ class MuonAdamW(torch.optim.AdamW):
         known = {id(weight) for weight in hidden}
         others = [weight for weight in model.parameters() if id(weight) not in known]
         groups = [{"params": weights, "muon": muon} for weights, muon in ((hidden, True), (others, False)) if weights]
-        super().__init__(groups, config.lr, config.betas, weight_decay=config.weight_decay)
+        super().__init__(groups, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
