@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV
 
 import torchcdm
 from torchcdm.errors import UserError
-from torchcdm.estimators import CDMConditional, CDMDensity, smooth
+from torchcdm.estimators import CDMConditional, CDMDensity, conditional, smooth
 from torchcdm.estimators.smooth import fit_smooth
 
 TINY = {
@@ -114,7 +114,7 @@ def test_columns_of_x_with_heavy_tails_or_few_values_stay_moderate():
     theta, x = linear_gaussian(500)
     x = np.c_[x, draw.standard_t(1, 500), draw.poisson(0.5, 500)]
     model = CDMConditional(**TINY).fit(theta, x)
-    assert np.abs(model._context(model._observations(x))).max() < 30
+    assert np.abs(model._context(model._numbers(model._observations(x)))).max() < 30
     assert np.isfinite(model.log_prob(theta, x)).all()
     assert np.isfinite(model.sample(3, [0.0, 0.0, 0.0, 1e6, 40.0])).all()
 
@@ -153,6 +153,17 @@ def test_kernels_of_a_large_table_are_those_of_some_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(smooth, "rbf_kernel", lambda z, *rest: rows.append(len(z)) or kernels(z, *rest))
     np.testing.assert_allclose(found(x), at_once, rtol=1e-12)
     assert rows == [400, 400, 100] and found(x[:0]).shape == (0, 1)
+
+
+def test_the_network_is_told_where_theta_is_and_how_wide_it_is_given_x():
+    draw = np.random.RandomState(0)
+    x = draw.uniform(-1, 1, (2000, 2))
+    theta = np.c_[np.sin(2 * x[:, 0]) + 0.1 * np.exp(2 * x[:, 1]) * draw.normal(size=2000), draw.normal(size=2000)]
+    model = CDMConditional(**TINY).fit(theta, x)
+    context = model._context(model._numbers(model._observations(x)))
+    told = np.corrcoef(np.c_[context[:, [2, 4]], np.sin(2 * x[:, 0]), x[:, 1]].T)
+    assert told[0, 2] > 0.98 and told[1, 3] > 0.8
+    assert np.abs(model._context(1e3 * model._numbers(model._observations(x)))[:, 2:]).max() == conditional.FAR
 
 
 @pytest.mark.slow
@@ -213,7 +224,7 @@ def test_one_pass_integrates_to_one_at_each_x_whatever_the_network_says():
 
     model._normalizer = np.empty(0)
     before = log_integrals()
-    model._normalizer = model._learned_normalizer(model._context(model._observations(x[:600])), 0)
+    model._normalizer = model._learned_normalizer(model._context(model._numbers(model._observations(x[:600]))), 0)
     after = log_integrals()
     assert before.std() > 0.1 and after.std() < 0.02 and abs(after.mean()) < 0.02
 
@@ -347,6 +358,7 @@ def test_an_observation_may_be_a_series_without_names():
     [
         lambda content: content.pop("params"),
         lambda content: content["fitted"].pop("_centre"),
+        lambda content: content["fitted"].pop("_scales"),
         lambda content: content["params"].update(colour=1),
         lambda content: content.update(fitted=None),
         lambda content: content["fitted"].update(_noise=[]),

@@ -39,6 +39,8 @@ ROUNDS = 20  # so often draws are made again where the prior has mass at none of
 FEW = 3  # columns of theta up to which the integral of one pass is learned
 OBSERVED, DRAWN = 1000, 64  # rows of x that it is learned of, at most, and draws of the start for each
 PENALTY = 0.1
+FLOOR = 1e-6  # of a column's variance, added to its squared residuals
+FAR = 5.0  # deviations within which summaries of x are kept
 
 
 @final
@@ -48,8 +50,9 @@ class CDMConditional(DensityEstimator):
 
     Columns of x are brought near a normal, and those of theta where the linear-Gaussian model then finds held-out rows
     more probable: bounds of a prior become tails. theta = f(x) + a residual: a line, and a curve where it finds rows
-    that are left out better (:mod:`torchcdm.estimators.smooth`). A classification diffusion model with x as its
-    context learns the density of the residual given x. It is amortised: any x is conditioned on without training.
+    that are left out better (:mod:`torchcdm.estimators.smooth`). A classification diffusion model learns the density
+    of the residual given x, f(x) and its own size by another such regression. It is amortised: any x is conditioned on
+    without training.
 
     Args:
         likelihood: ``one-pass``, less its integral as a regression on what the network makes of x knows it (of theta
@@ -71,7 +74,8 @@ class CDMConditional(DensityEstimator):
     _conditional = True
     _saved: ClassVar = TableEstimator._saved | {"x_columns_": partial(read_as, TableEncoding)}
     _saved |= dict.fromkeys(("_units", "_x_units"), transform_from_config)
-    _saved |= {"_centre": lambda parts: SmoothRegression(*map(np.array, parts)), "_normalizer": np.array}
+    _saved |= dict.fromkeys(("_centre", "_log_size"), lambda parts: SmoothRegression(*map(np.array, parts)))
+    _saved |= dict.fromkeys(("_scales", "_normalizer"), np.array)
 
     def fit(self, theta: Any, x: Any) -> CDMConditional:
         """Trains the model on parameters ``theta`` (N, p) or (N,) and what was observed or simulated with them, ``x``
@@ -95,8 +99,7 @@ class CDMConditional(DensityEstimator):
             repeated = {k: Cells(tuple(found), cell_width(found)) for k, found in values if 1 < len(found) <= most}
             self._x_units = ColumnTransform.fit(x[train], repeated, dequantize=False)
             times = len(copies[0]) // len(train), len(copies[1]) // len(self.validation_indices_)
-            given = [self._context(x[rows]) for rows in split]
-            contexts = [np.tile(part, (n, 1)) for part, n in zip(given, times, strict=True)]
+            given = [self._numbers(x[rows]) for rows in split]
 
             def regress(parts: list[np.ndarray], smooth: bool) -> tuple[SmoothRegression, list[Tensor]]:
                 # A row's own value has no part in what it is compared with, else errors of few rows were too small.
@@ -116,6 +119,11 @@ class CDMConditional(DensityEstimator):
             _, parts, self._units = max(map(candidate, (False, True)), key=lambda trial: trial[0])
             began = self.clock()
             self._centre, residuals = regress(parts, smooth=True)
+            squares = residuals[0].view(parts[0].shape).square().mean(0).numpy()
+            self._log_size, _ = fit_smooth(given[0], np.log(squares + FLOOR * squares.mean(0)))
+            summaries = self._summaries(given[0])
+            self._scales = np.stack([summaries.mean(0), summaries.std(0).clip(1e-3)])
+            contexts = [np.tile(self._context(part), (n, 1)) for part, n in zip(given, times, strict=True)]
             self._train(residuals, contexts, len(train), seed, began)
             # Weights of the features, and a constant; the rows are in random order.
             low = residuals[0].shape[1] <= FEW
@@ -144,10 +152,10 @@ class CDMConditional(DensityEstimator):
             theta, x = theta.repeat(times, 1), x.repeat_interleave(rows, 0)
         if len(x) not in (1, len(theta)):
             raise UserError(f"x holds {len(x)} rows and theta {rows}; give one x, or one for each theta")
-        context = self._context(x)
+        given = self._numbers(x)
+        context, centre = self._context(given), torch.from_numpy(self._centre(given))
         known = self._normalizer.size and self.likelihood == "one-pass"
         log_z = self._features(context) @ self._normalizer[:-1] + self._normalizer[-1] if known else 0.0
-        centre = torch.from_numpy(self._centre(context))
         context = np.broadcast_to(context, (len(theta), context.shape[1]))
         log_p = self._log_density(found, theta, lambda rows: self._units(rows) - centre, context)
         log_p += self._over_draws(self._units.log_det, theta) - log_z
@@ -173,8 +181,8 @@ class CDMConditional(DensityEstimator):
         check_is_fitted(self)
         read_as(Count, n, "n")
         one = np.ndim(x) == 1 and len(self.x_columns_.columns) > 1 or np.ndim(x) == 0
-        context = self._context(self._observations(x))
-        centre = torch.from_numpy(self._centre(context))
+        given = self._numbers(self._observations(x))
+        context, centre = self._context(given), torch.from_numpy(self._centre(given))
         if together and len(context) > 1:
             return self._drawn_together(n, context, centre, prior, self._seed(random_state))
         centre, y = (part.repeat_interleave(n, 0) for part in (centre, torch.from_numpy(context)))
@@ -298,8 +306,17 @@ class CDMConditional(DensityEstimator):
             warn("x differs in a column that was constant in training, where this density knows nothing")
         return found.x
 
-    def _context(self, x: Tensor) -> np.ndarray:
-        """What the network sees of the codes of x (N, kept): near a normal, one number for each level of a text."""
+    def _summaries(self, given: np.ndarray) -> np.ndarray:
+        """What regressions say of theta given numbers (N, q): its mean, and the log of its squared residual."""
+        return np.concatenate([self._centre(given), self._log_size(given)], 1)
+
+    def _context(self, given: np.ndarray) -> np.ndarray:
+        """What the network sees: numbers (N, q), and what they say of theta, which a network is slow to find."""
+        mean, deviation = self._scales
+        return np.concatenate([given, ((self._summaries(given) - mean) / deviation).clip(-FAR, FAR)], 1)
+
+    def _numbers(self, x: Tensor) -> np.ndarray:
+        """Codes of x (N, kept) near a normal, one number for each level of a text."""
         levels = [len(column.levels) for column in self.x_columns_.kept]
         columns = zip(levels, x.T, self._x_units(x).T, strict=True)
         parts = [one_hot(code.long(), n).double() if n > 2 else z[:, None] for n, code, z in columns]
