@@ -166,6 +166,24 @@ def test_the_network_is_told_where_theta_is_and_how_wide_it_is_given_x():
     assert np.abs(model._context(1e3 * model._numbers(model._observations(x)))[:, 2:]).max() == conditional.FAR
 
 
+def test_in_training_the_network_is_told_what_rows_left_out_would_be(monkeypatch):
+    # Few rows of many columns: a regression knows the rows that it was fitted to better than any other.
+    draw = np.random.RandomState(0)
+    x, seen = draw.normal(size=(200, 60)), []
+    theta = x[:, :1] + draw.normal(size=(200, 1))
+    train = CDMConditional._train
+    monkeypatch.setattr(CDMConditional, "_train", lambda self, *rest: seen.append(rest[1]) or train(self, *rest))
+    model = CDMConditional(**TINY).fit(theta, x)
+    rows = np.setdiff1d(np.arange(200), model.validation_indices_)
+    noise = (theta - x[:, :1])[rows, 0]
+
+    def leaked(context):
+        return np.corrcoef(context[:, 60], noise)[0, 1]
+
+    known = model._context(model._numbers(model._observations(x[rows])))
+    assert leaked(seen[0][0][: len(rows)]) < 0.1 < 0.2 < leaked(known)
+
+
 @pytest.mark.slow
 def test_training_learns_what_no_regression_knows():
     # theta | x ~ N(x_1², (0.2 + |x_2|)²): its width is not the same at all x.

@@ -119,11 +119,15 @@ class CDMConditional(DensityEstimator):
             _, parts, self._units = max(map(candidate, (False, True)), key=lambda trial: trial[0])
             began = self.clock()
             self._centre, residuals = regress(parts, smooth=True)
+            left_out = (parts[0] - residuals[0].view(parts[0].shape).numpy()).mean(0)
             squares = residuals[0].view(parts[0].shape).square().mean(0).numpy()
-            self._log_size, _ = fit_smooth(given[0], np.log(squares + FLOOR * squares.mean(0)))
-            summaries = self._summaries(given[0])
+            log_size = np.log(squares + FLOOR * squares.mean(0))
+            self._log_size, errors = fit_smooth(given[0], log_size)
+            # As new rows have them, so that the network learns how far they are to be trusted.
+            summaries = np.concatenate([left_out, log_size - errors], 1)
             self._scales = np.stack([summaries.mean(0), summaries.std(0).clip(1e-3)])
-            contexts = [np.tile(self._context(part), (n, 1)) for part, n in zip(given, times, strict=True)]
+            seen = self._context(given[0], summaries), self._context(given[1])
+            contexts = [np.tile(part, (n, 1)) for part, n in zip(seen, times, strict=True)]
             self._train(residuals, contexts, len(train), seed, began)
             # Weights of the features, and a constant; the rows are in random order.
             low = residuals[0].shape[1] <= FEW
@@ -306,14 +310,13 @@ class CDMConditional(DensityEstimator):
             warn("x differs in a column that was constant in training, where this density knows nothing")
         return found.x
 
-    def _summaries(self, given: np.ndarray) -> np.ndarray:
-        """What regressions say of theta given numbers (N, q): its mean, and the log of its squared residual."""
-        return np.concatenate([self._centre(given), self._log_size(given)], 1)
-
-    def _context(self, given: np.ndarray) -> np.ndarray:
-        """What the network sees: numbers (N, q), and what they say of theta, which a network is slow to find."""
+    def _context(self, given: np.ndarray, summaries: np.ndarray | None = None) -> np.ndarray:
+        """What the network sees: numbers (N, q), and as ``summaries`` what regressions say of theta, which it is slow to
+        find: its mean, and the log of its squared residual."""
+        if summaries is None:
+            summaries = np.concatenate([self._centre(given), self._log_size(given)], 1)
         mean, deviation = self._scales
-        return np.concatenate([given, ((self._summaries(given) - mean) / deviation).clip(-FAR, FAR)], 1)
+        return np.concatenate([given, ((summaries - mean) / deviation).clip(-FAR, FAR)], 1)
 
     def _numbers(self, x: Tensor) -> np.ndarray:
         """Codes of x (N, kept) near a normal, one number for each level of a text."""
