@@ -311,8 +311,8 @@ class CDMConditional(DensityEstimator):
         return found.x
 
     def _context(self, given: np.ndarray, summaries: np.ndarray | None = None) -> np.ndarray:
-        """What the network sees: numbers (N, q), and as ``summaries`` what regressions say of theta, which it is slow to
-        find: its mean, and the log of its squared residual."""
+        """What the network sees: numbers (N, q), and as ``summaries`` what regressions say of theta, which it is slow
+        to find: its mean, and the log of its squared residual."""
         if summaries is None:
             summaries = np.concatenate([self._centre(given), self._log_size(given)], 1)
         mean, deviation = self._scales
