@@ -119,14 +119,7 @@ class CDMConditional(DensityEstimator):
             _, parts, self._units = max(map(candidate, (False, True)), key=lambda trial: trial[0])
             began = self.clock()
             self._centre, residuals = regress(parts, smooth=True)
-            left_out = (parts[0] - residuals[0].view(parts[0].shape).numpy()).mean(0)
-            squares = residuals[0].view(parts[0].shape).square().mean(0).numpy()
-            log_size = np.log(squares + FLOOR * squares.mean(0))
-            self._log_size, errors = fit_smooth(given[0], log_size)
-            # As new rows have them, so that the network learns how far they are to be trusted.
-            summaries = np.concatenate([left_out, log_size - errors], 1)
-            self._scales = np.stack([summaries.mean(0), summaries.std(0).clip(1e-3)])
-            seen = self._context(given[0], summaries), self._context(given[1])
+            seen = self._summarised(given, parts[0], residuals[0].view(parts[0].shape).numpy())
             contexts = [np.tile(part, (n, 1)) for part, n in zip(seen, times, strict=True)]
             self._train(residuals, contexts, len(train), seed, began)
             # Weights of the features, and a constant; the rows are in random order.
@@ -309,6 +302,18 @@ class CDMConditional(DensityEstimator):
         if any(found.deviating):
             warn("x differs in a column that was constant in training, where this density knows nothing")
         return found.x
+
+    def _summarised(self, given: list[np.ndarray], theta: np.ndarray, residuals: np.ndarray) -> list[np.ndarray]:
+        """Contexts (N, q + 2 p) of ``given`` numbers, of training and validation, after a regression of the log size of
+        ``residuals`` (copies, N, p) of ``theta``. Of a training row they hold what regressions say without it, as they
+        do of new rows: so the network learns how far these are to be trusted.
+        """
+        squares = np.square(residuals).mean(0)
+        log_size = np.log(squares + FLOOR * squares.mean(0))
+        self._log_size, errors = fit_smooth(given[0], log_size)
+        left_out = np.concatenate([(theta - residuals).mean(0), log_size - errors], 1)
+        self._scales = np.stack([left_out.mean(0), left_out.std(0).clip(1e-3)])
+        return [self._context(given[0], left_out), self._context(given[1])]
 
     def _context(self, given: np.ndarray, summaries: np.ndarray | None = None) -> np.ndarray:
         """What the network sees: numbers (N, q), and as ``summaries`` what regressions say of theta, which it is slow
