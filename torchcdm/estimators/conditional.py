@@ -304,9 +304,9 @@ class CDMConditional(DensityEstimator):
         return found.x
 
     def _summarised(self, given: list[np.ndarray], theta: np.ndarray, residuals: np.ndarray) -> list[np.ndarray]:
-        """Contexts (N, q + 2 p) of ``given`` numbers, of training and validation, after a regression of the log size of
-        ``residuals`` (copies, N, p) of ``theta``. Of a training row they hold what regressions say without it, as they
-        do of new rows: so the network learns how far these are to be trusted.
+        """Contexts (N, q + 2 p) of ``given`` numbers, of training and validation, with a regression of the log size of
+        ``residuals`` (copies, N, p) of ``theta``. A training row's are what regressions say without it, as they do of
+        new rows: so the network learns how far these are to be trusted.
         """
         squares = np.square(residuals).mean(0)
         log_size = np.log(squares + FLOOR * squares.mean(0))

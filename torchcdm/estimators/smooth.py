@@ -63,12 +63,12 @@ def _ridge(features: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray,
     projected = features @ basis
     onto, variance = projected.T @ y, y.var(0).clip(1e-300)
     best, found, left = np.zeros_like(onto), y, np.ones(y.shape[1])
-    for penalty in PENALTIES:
-        shrunk = 1 / (values.clip(0) + penalty)
-        leverage = projected**2 @ shrunk
-        if leverage.max() < LEVERAGE:
-            errors = (y - projected @ (shrunk[:, None] * onto)) / (1 - leverage)[:, None]
-            share = (errors**2).mean(0) / variance
-            best = np.where(share < left, shrunk[:, None] * onto, best)
-            found, left = np.where(share < left, errors, found), np.minimum(left, share)
+    shrunk = 1 / (values.clip(0)[:, None] + PENALTIES)
+    leverages = projected**2 @ shrunk
+    for k in np.flatnonzero(leverages.max(0) < LEVERAGE):
+        coefficients = shrunk[:, k, None] * onto
+        errors = (y - projected @ coefficients) / (1 - leverages[:, k, None])
+        share = (errors**2).mean(0) / variance
+        best = np.where(share < left, coefficients, best)
+        found, left = np.where(share < left, errors, found), np.minimum(left, share)
     return basis @ best, found, left
