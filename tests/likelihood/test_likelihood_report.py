@@ -25,14 +25,15 @@ KEYS = {"data", "unit", "rows", "log2_z_per_dim", "log2_z_per_dim_check", "gap_t
 NAMES = ["published-convention", "one-pass", "one-pass-level", "one-pass-normalized", "elbo", "flow"]
 
 
+def at_levels(T):
+    schedule, mixture = LogSNRSchedule(T, 0.01, 80), labelled_mixture()
+    base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
+    return ClassificationDiffusion(MixtureClassifier(mixture, schedule, base), schedule, DataTransform((2,)), base)
+
+
 @pytest.fixture(scope="module")
 def vectors():
-    schedule, mixture = LogSNRSchedule(40, 0.01, 80), labelled_mixture()
-    base = GaussianMarginals.fit(mixture.sample(5000, rng()), schedule)
-    model = ClassificationDiffusion(
-        MixtureClassifier(mixture, schedule, base), schedule, DataTransform((2,)), base
-    )
-    return model, mixture.sample(60, rng(1))
+    return at_levels(40), labelled_mixture().sample(60, rng(1))
 
 
 def shifted(model, amount):
@@ -83,6 +84,11 @@ def test_the_bar_knows_how_many_rows_the_network_will_see(vectors, capsys):
         report(model, x, scoring=scoring, methods=[stage], progress=True)
         assert sum(seen) == _rows_seen(model, stage, len(x), scoring), stage
     hook.remove()
+    finer = at_levels(60)  # more than the variances of its chain are measured at
+    finer.backbone.register_forward_hook(lambda network, inputs, output: seen.append(len(inputs[0])))
+    seen.clear()
+    report(finer, x, scoring=scoring, methods=["elbo"])
+    assert sum(seen) == _rows_seen(finer, "elbo", len(x), scoring)
     assert not model.backbone._forward_hooks
     shown = capsys.readouterr().err
     assert "likelihood, flow: 100%" in shown and re.search(r"\d\d:\d\d<\d\d:\d\d", shown)

@@ -11,7 +11,7 @@ import torch
 from annotated_types import Len
 from torch import Tensor, nn
 
-from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, Kernels
+from torchcdm.annealing.kernels import CALIBRATION_SAMPLES, MEASURED, Kernels
 from torchcdm.annealing.target import ModelTarget
 from torchcdm.errors import UserError
 from torchcdm.likelihood.elbo import elbo
@@ -260,7 +260,8 @@ def _rows_seen(model: Denoiser, stage: str, n: int, scoring: Scoring) -> int:
     T, steps = model.schedule.T, min(scoring.steps, model.schedule.T - scoring.level)
     halved = 2 * ((steps + 1) // 2) + 1
     rows = {"single": (1 + 2 * scoring.draws) * n, "flow": 2 * (steps + 1) * n + halved * min(n, HALVED_SAMPLES)}
-    rows |= {"elbo": (T - scoring.level + 1) * n + 2 * T * CALIBRATION_SAMPLES, "logz": 0}
+    calibration = (T + min(T, MEASURED)) * CALIBRATION_SAMPLES
+    rows |= {"elbo": (T - scoring.level + 1) * n + calibration, "logz": 0}
     return rows[stage]
 
 
