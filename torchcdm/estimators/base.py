@@ -214,7 +214,8 @@ class TableEstimator(BaseEstimator):
     def _sized(self, rows: int) -> dict[str, Any]:
         """What the number of training rows changes in a preset for vectors. Small tables are overfit within some
         hundred steps; larger ones, and densities far from their start, take no dropout, and faster steps. Given x,
-        steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct.
+        steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct; and the
+        error of the denoiser counts more beside that of the classifier.
         """
         if rows <= SMALL:
             return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if self._conditional else {}
@@ -222,7 +223,8 @@ class TableEstimator(BaseEstimator):
         train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
         if self._conditional and rows < LARGE:
             backbone = {"width": 64, "depth": 2, "dropout": 0.05}
-            return {"model": {"components": 1, "backbone": backbone}, "train": train | {"lr": 5e-3, "steps": 3000}}
+            train |= {"lr": 5e-3, "steps": 3000}
+            return {"model": {"components": 1, "backbone": backbone}, "train": train, "loss": {"ce_weight": 1.0}}
         if rows >= LARGE:
             backbone |= {"width": 256}
             train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
