@@ -223,7 +223,7 @@ class TableEstimator(BaseEstimator):
         train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
         if self._conditional and rows < LARGE:
             backbone = {"width": 64, "depth": 2, "dropout": 0.05}
-            train |= {"lr": 5e-3, "steps": 3000}
+            train |= {"lr": 8e-3, "batch_size": 512, "steps": 3000}
             return {"model": {"components": 1, "backbone": backbone}, "train": train, "loss": {"ce_weight": 1.0}}
         if rows >= LARGE:
             backbone |= {"width": 256}
