@@ -219,15 +219,16 @@ class TableEstimator(BaseEstimator):
         """
         if rows <= SMALL:
             return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if self._conditional else {}
-        backbone: dict[str, Any] = {"depth": 3, "dropout": 0.0}
-        train = {"lr": 2e-3, "steps": 1500, "validate_every": 100, "patience": 10}
-        if self._conditional and rows < LARGE:
-            backbone = {"width": 64, "depth": 2, "dropout": 0.05}
-            train |= {"lr": 8e-3, "batch_size": 512, "steps": 3000}
+        large = rows >= LARGE
+        train = {"lr": 2e-3, "steps": 1500, "validate_every": 200 if large else 100, "patience": 10}
+        if self._conditional:
+            backbone = {"width": 64, "depth": 2, "dropout": 0.0 if large else 0.05}
+            train |= {"lr": 8e-3, "batch_size": 512, "steps": 9000 if large else 3000}
             return {"model": {"components": 1, "backbone": backbone}, "train": train, "loss": {"ce_weight": 1.0}}
-        if rows >= LARGE:
+        backbone = {"depth": 3, "dropout": 0.0}
+        if large:
             backbone |= {"width": 256}
-            train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998, "validate_every": 200}
+            train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998}
         return {"model": {"backbone": backbone}, "train": train}
 
     def _fields(self, rows: int) -> dict[str, Any]:
