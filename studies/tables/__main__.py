@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "own-network": estimators.own_network,
     "posteriors": estimators.posteriors,
     "posteriors-10000": partial(estimators.posteriors, "posteriors_10000"),
+    "posteriors-100000": partial(estimators.posteriors, "posteriors_100000"),
     "posterior-together": estimators.posterior_together,
     "posterior-rounds": estimators.posterior_rounds,
     "posterior-coverage": energies.posterior_coverage,
