@@ -217,16 +217,16 @@ class TableEstimator(BaseEstimator):
         steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct; and the
         error of the denoiser counts more beside that of the classifier.
         """
-        if rows <= SMALL:
-            return {"model": {"backbone": {"dropout": 0.0}}, "train": {"lr": 3e-3}} if self._conditional else {}
-        large = rows >= LARGE
-        train = {"lr": 2e-3, "steps": 1500, "validate_every": 200 if large else 100, "patience": 10}
+        size = (rows > SMALL) + (rows >= LARGE)
+        train = [{}, {"validate_every": 100, "patience": 10}, {"validate_every": 200, "patience": 10}][size]
         if self._conditional:
-            backbone = {"width": 64, "depth": 2, "dropout": 0.0 if large else 0.05}
-            train |= {"lr": 8e-3, "batch_size": 512, "steps": 9000 if large else 3000}
+            backbone = {"width": 64, "depth": 2, "dropout": (0.2, 0.05, 0.0)[size]}
+            train |= {"lr": 8e-3, "batch_size": 512, "steps": (1500, 3000, 9000)[size]}
             return {"model": {"components": 1, "backbone": backbone}, "train": train, "loss": {"ce_weight": 1.0}}
-        backbone = {"depth": 3, "dropout": 0.0}
-        if large:
+        if size == 0:
+            return {}
+        backbone, train = {"depth": 3, "dropout": 0.0}, train | {"lr": 2e-3, "steps": 1500}
+        if size == 2:
             backbone |= {"width": 256}
             train |= {"steps": 4000, "batch_size": 512, "ema_decay": 0.998}
         return {"model": {"backbone": backbone}, "train": train}
