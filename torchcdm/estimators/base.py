@@ -213,12 +213,12 @@ class TableEstimator(BaseEstimator):
 
     def _sized(self, rows: int) -> dict[str, Any]:
         """What the number of training rows changes in a preset for vectors. Small tables are overfit within some
-        hundred steps; larger ones, and densities far from their start, take no dropout, and faster steps. Given x,
-        steps count most, so that they are made cheap: a narrow network, and one Gaussian for it to correct; and the
-        error of the denoiser counts more beside that of the classifier.
+        hundred steps; larger ones take less dropout, and faster steps. Given x, steps count most, so that they are made
+        cheap: a narrow network, and one Gaussian for it to correct; and the error of the denoiser counts more beside
+        that of the classifier.
         """
         size = (rows > SMALL) + (rows >= LARGE)
-        train = [{}, {"validate_every": 100, "patience": 10}, {"validate_every": 200, "patience": 10}][size]
+        train = {"validate_every": 100 * size, "patience": 10} if size else {}
         if self._conditional:
             backbone = {"width": 64, "depth": 2, "dropout": (0.2, 0.05, 0.0)[size]}
             train |= {"lr": 8e-3, "batch_size": 512, "steps": (1500, 3000, 9000)[size]}
