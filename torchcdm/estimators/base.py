@@ -213,9 +213,9 @@ class TableEstimator(BaseEstimator):
 
     def _sized(self, rows: int) -> dict[str, Any]:
         """What the number of training rows changes in a preset for vectors. Small tables are overfit within some
-        hundred steps; larger ones take less dropout, and faster steps. Given x, steps count most, so that they are made
-        cheap: a narrow network, and one Gaussian for it to correct; and the error of the denoiser counts more beside
-        that of the classifier.
+        hundred steps; larger ones take less dropout, and faster steps. Given x, steps count most, so that they are
+        made cheap: a narrow network, and one Gaussian for it to correct; and the error of the denoiser counts more
+        beside that of the classifier.
         """
         size = (rows > SMALL) + (rows >= LARGE)
         train = {"validate_every": 100 * size, "patience": 10} if size else {}
