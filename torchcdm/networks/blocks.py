@@ -164,9 +164,10 @@ class ResidualBlock(nn.Module):
         """(B, inputs, H, W) and the vector (B, embedding) to (B, outputs, H, W)."""
         h = self.conv1(self.activation(self.norm1(x)))
         if self.project is not None:
-            h = h + self.project(nn.functional.silu(embedding))[:, :, None, None]
+            h += self.project(nn.functional.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(self.activation(self.norm2(h))))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        h += x if self.shortcut is None else self.shortcut(x)
+        return h
 
 
 @final
@@ -201,10 +202,18 @@ class AttentiveBlock(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-def downsampling(channels: int) -> nn.Sequential:
+@final
+class Downsampling(nn.Module):
     """Halves both sides by a strided 3x3 convolution; pads on the right and below only, as DDPM does."""
-    convolution = nn.Conv2d(channels, channels, 3, stride=2)
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=convolution))
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, channels, H / 2, W / 2)."""
+        # Padded everywhere and cut: a padding layer would copy the larger image, going forth and back.
+        return self.conv(x)[..., 1:, 1:]
 
 
 def upsampling(channels: int) -> nn.Sequential:

@@ -92,7 +92,7 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
         self.stages, self.downs, self.summaries = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):
             if i:
-                self.downs.append(parts.downsampling(channels))
+                self.downs.append(parts.Downsampling(channels))
             inputs, channels = [channels, *[width * multiplier] * (blocks - 1)], width * multiplier
             attend = max(size) in attention
             self.stages.append(nn.ModuleList(parts.AttentiveBlock(c, channels, attend, **options) for c in inputs))
@@ -103,7 +103,7 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
         embedding = None if self.label is None else self.label(y, x)
         h, image, features = self.conv_in(x), x, []
         if self.positions is not None:
-            h = h + self.positions
+            h += self.positions
         for i, (stage, summary) in enumerate(zip(self.stages, self.summaries, strict=True)):
             if i:
                 h, image = self.downs[i - 1](h), nn.functional.avg_pool2d(image, 2)

@@ -34,7 +34,7 @@ class UNet(parts.ImageNetwork):
         skips, current = [channels], channels
         for i, width in enumerate(widths):
             if i:
-                self.downs.append(parts.downsampling(current))
+                self.downs.append(parts.Downsampling(current))
                 skips.append(current)
             inputs, current = [current, *[width] * (blocks - 1)], width
             self.down_stages.append(nn.ModuleList(step(channels, width, attend[i]) for channels in inputs))
