@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-started": partial(pictures.quality_curves, "quality_curves_started"),
     "quality-curves-groups": partial(pictures.quality_curves, "quality_curves_groups"),
     "quality-curves-groups-25": partial(pictures.quality_curves, "quality_curves_groups_25"),
+    "quality-curves-groups-50": partial(pictures.quality_curves, "quality_curves_groups_50"),
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-classes-started": partial(pictures.quality_curves, "quality_curves_classes_started"),
