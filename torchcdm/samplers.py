@@ -312,7 +312,7 @@ def make_sampler(sampler: str | Sampler) -> Sampler:
 
 PILOTS = 16  # trajectories that go first, to place steps or to adapt moves
 FINE = 64  # levels at most on which they are solved to place steps, and among which the steps are chosen
-FAR = 0.005  # nats a value by which the Gaussian of a denoiser's moments may differ from its density at the start
+FAR = 0.005  # nats a value that coarse data may lack of a denoiser's density at the start
 
 
 def pilot_labels(y: Tensor | None) -> Tensor | None:
@@ -333,8 +333,8 @@ def adaptive_levels(
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
     steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
     model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
-    where more are asked for than there are fine ones. A denoiser with moments starts below T, see
-    :func:`gaussian_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
+    where more are asked for than there are fine ones. A denoiser of coarse data starts below T,
+    see :func:`coarse_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))
@@ -346,7 +346,7 @@ def adaptive_levels(
             points.append(x / schedule.at(t, x)[0])
             x, previous = rule.step(Step(denoiser, x, t, s, y, previous=previous))
             noises.append(previous[0][1].eps)
-        first = gaussian_levels(denoiser, fine, noise.to(x), y)
+        first = coarse_levels(denoiser, fine, noise.to(x), y)
     u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
     r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
     spread = u.std(1).square().mean(1).sqrt()
@@ -368,24 +368,25 @@ def adaptive_levels(
     return [[*fine, 0][k] for k in (first, *reversed(path))], variance
 
 
-def gaussian_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y: Tensor | None) -> int:
-    """The number of falling ``levels`` whose density the Gaussian of the ``denoiser``'s moments can replace, less one.
+def coarse_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y: Tensor | None) -> int:
+    """The number of falling ``levels`` at which ``denoiser.coarse`` with noise can stand for the data, less one.
 
-    The divergence of the two is the integral over log r, from much noise on, of the mean of |D - D_Gaussian|² / r²,
-    D estimates of the data, over draws of the Gaussian, made of ``noise`` (B, *shape), as both obey the heat equation
-    (de Bruijn's identity). It is at most ``FAR`` nats a value. A young denoiser is wrong where there is little to
-    know; so where the noise leaves no more than that much information along the moments' directions the Gaussian
-    stays, whatever the denoiser says. 0 without moments.
+    What it lacks is across its directions. The divergence there is the integral over log r, from much noise on, of the
+    mean of |D - mean|² / r², of the part of D, estimates of the data, across them, over its draws, made of ``noise``
+    (B, *shape), as both densities obey the heat equation (de Bruijn's identity). It is at most ``FAR`` nats a value. A
+    young denoiser is wrong where there is little to know; so where the noise leaves no more than that much information
+    along the directions coarse data stay, whatever the denoiser says. 0 without coarse data.
     """
-    schedule, moments = denoiser.schedule, denoiser.moments
-    if moments is None:
+    schedule, coarse = denoiser.schedule, denoiser.coarse
+    if coarse is None:
         return 0
+    choice = torch.randn(len(noise), generator=stream(0, "pilots", 1), dtype=noise.dtype).to(noise.device)
     log_r, slopes, divergence = schedule.ratio.log().tolist(), [], 0.0
     for k, t in enumerate(levels):
-        x_t, x_0 = moments.start(noise, t, schedule, y)
-        error = (denoiser.denoise(x_t, t, y).x0 - x_0).square().mean()
-        slopes.append(float(error / schedule.ratio[t] ** 2))
+        x_t = coarse.start(noise, choice, t, schedule, y)
+        missed = coarse.across(denoiser.denoise(x_t, t, y).x0, y).square().mean()
+        slopes.append(float(missed / schedule.ratio[t] ** 2))
         divergence += (log_r[levels[k - 1]] - log_r[t]) * (slopes[-1] + slopes[k - 1]) / 2 if k else 0.0
-        if min(divergence, moments.information(float(schedule.ratio[t]), y)) > FAR:
+        if min(divergence, coarse.information(float(schedule.ratio[t]), y)) > FAR:
             return k - 1
     return len(levels) - 1

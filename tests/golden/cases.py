@@ -275,9 +275,9 @@ def of_tools() -> dict[str, Tensor]:
 
 
 def learned(run: Path) -> dict[str, Tensor]:
-    """What a run has saved, less the moments of its data, which no step changes."""
+    """What a run has saved, less the coarse data, which no step changes."""
     tensors = load_file(run / "model.safetensors")
-    return {key: value for key, value in tensors.items() if not key.startswith("moments.")}
+    return {key: value for key, value in tensors.items() if not key.startswith("coarse.")}
 
 
 def of_training() -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ def test_training_is_that_of_one_process(folder, tmp_path):
     train(small_config(train__steps="4", model__backbone__dropout="0"), tmp_path, device="cpu", progress=False)
     one, two = (load_state(state_folders(RunFolder(path))[-1]) for path in (tmp_path, folder / "run"))
     for name, value in one.model.items():
-        assert torch.allclose(value, two.model[name], atol=1e-4), name
+        half = 2e-3 * (value.dtype == torch.float16)  # one step of its rounding
+        assert torch.allclose(value, two.model[name], atol=1e-4, rtol=1e-5 + half), name
     lines = [read_metrics(path / "metrics.jsonl") for path in (tmp_path, folder / "run")]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for mine, theirs in zip(*lines, strict=True):

@@ -163,7 +163,7 @@ def sample(
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
         rule = rule.suited(variance)
-        if moves is None and not rule.stochastic and model.density is not None and model.moments is not None:
+        if moves is None and not rule.stochastic and model.density is not None and model.coarse is not None:
             denoiser = LevelReader(model.density, guidance)
     if moves is not None:
         with alone():
@@ -191,8 +191,8 @@ def trajectories(
     """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
 
     Arguments are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on,
-    or from a lower one for a ``denoiser`` with moments; at the last samples end. ``y`` is one label each. A batch that
-    memory did not hold begins anew with half as many, for ``moved`` too.
+    or from a lower one for a ``denoiser`` of coarse data; at the last samples end. ``y`` is one label each. A batch
+    that memory did not hold begins anew with half as many, for ``moved`` too.
     """
     device = denoiser.schedule.alpha.device
     dtype = working_dtype(denoiser, torch.get_default_dtype())
@@ -202,7 +202,12 @@ def trajectories(
     def draw(rows: slice) -> Tensor:
         draws = sample_noise(seed, range(n)[rows], shape, len(path) if sampler.stochastic else 1, dtype)
         label, previous, known = labels_of(y, rows, device), (), None
-        x = denoiser.start(next(draws).to(device), path[0], label)
+        noise, coarse = next(draws).to(device), denoiser.coarse
+        if coarse is None or path[0] == denoiser.schedule.T:
+            x = denoiser.start(noise)
+        else:
+            choice = next(sample_noise(derive(seed, "coarse"), range(n)[rows], (1,), 1, dtype)).to(device)
+            x = coarse.start(noise, choice[:, 0], path[0], denoiser.schedule, label)
         for t, s in pairwise(path):
             noise = next(draws).to(device) if sampler.stochastic else None
             x, previous = sampler.step(Step(denoiser, x, t, s, label, noise, previous, known))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchcdm
 from torchcdm.diffusion.base import BaseDensity
-from torchcdm.diffusion.moments import Moments
+from torchcdm.diffusion.coarse import CoarseData
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level, NoiseSchedule
 from torchcdm.errors import UserError
@@ -35,7 +35,7 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
-        moments: Mean and main directions of the data, from which samplers start below T; of images.
+        coarse: The data along their main directions, from which samplers start below T; of images.
         composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
 
@@ -51,7 +51,7 @@ class Denoiser(nn.Module, ABC):
         if not isinstance(schedule, NoiseSchedule):
             raise UserError(f"schedule is of type {type(schedule).__name__}; give the network, then a NoiseSchedule")
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
-        self.moments: Moments | None = None
+        self.coarse: CoarseData | None = None
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -127,13 +127,11 @@ class Denoiser(nn.Module, ABC):
         """Classes of ``n`` samples by their frequency in training, long (n,); None where a model does not know it."""
         return None
 
-    def start(self, noise: Tensor, t: int | None = None, y: Tensor | None = None) -> Tensor:
-        """x for samplers to start from, from standard normal ``noise`` (B, *shape): at level T, or with moments lower.
+    def start(self, noise: Tensor) -> Tensor:
+        """x at level T for samplers to start from, from standard normal ``noise`` (B, *shape).
 
         Where level T keeps some signal the data's own mean and covariance there are better than N(0, I).
         """
-        if self.moments is not None and t not in (None, self.schedule.T):
-            return self.moments.start(noise, t, self.schedule, y)[0]
         return noise if self.base is None else self.base.start(noise)
 
 
@@ -190,7 +188,7 @@ class GuidedDenoiser(Denoiser):
         super().__init__(model.schedule, model.transform, base=model.base)
         if model.classes is None:
             raise UserError("guidance needs a class-conditional model; this one was trained without labels")
-        self.model, self.weight, self.moments = model, weight, model.moments
+        self.model, self.weight, self.coarse = model, weight, model.coarse
 
     @property
     def classes(self) -> int | None:

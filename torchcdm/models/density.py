@@ -191,7 +191,7 @@ class LevelReader(Denoiser):
 
     def __init__(self, model: DensityModel, weight: float = 0.0) -> None:
         super().__init__(model.schedule, model.transform, base=model.base)
-        self.model, self.weight, self.moments = model, weight, model.moments
+        self.model, self.weight, self.coarse = model, weight, model.coarse
 
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         scales, log_r = self.schedule.at(t, x_t), self.schedule.ratio.log()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, load_data
 from torchcdm.diffusion.base import StandardNormal
+from torchcdm.diffusion.coarse import CoarseData
 from torchcdm.diffusion.gaussian import DIAGONAL, GaussianMarginals, fit_class_gaussians
 from torchcdm.diffusion.mixture import MixtureMarginals
-from torchcdm.diffusion.moments import Moments
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.diffusion.start import FIELDS, best_start
 from torchcdm.errors import UserError
@@ -232,7 +232,7 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
         prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
     model = build_model(config, source.transform, source.classes, gaussian, prior, backbone)
     if len(source.shape) > 1:
-        model.moments = Moments.fit(*base_samples(source, flip, least=1000), model.classes or 0)
+        model.coarse = CoarseData.fit(*base_samples(source, flip, least=1000), model.classes or 0)
     return model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from torchcdm.data import DataOptions, DataSource, Inputs, fingerprint, load_data, read_inputs, renumbered
 from torchcdm.data.inputs import read_pictures
-from torchcdm.diffusion.moments import Moments
+from torchcdm.diffusion.coarse import CoarseData
 from torchcdm.errors import UserError, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
@@ -184,8 +184,8 @@ def load(
             raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
         backbone = imported(network.code)
     model = build_model(info.model, info.transform, classes, backbone=backbone)
-    if "moments.means" in tensors:
-        model.moments = Moments.blank(info.transform.dim, model.classes or 0)
+    if "coarse.means" in tensors:
+        model.coarse = CoarseData.blank(info.transform.dim, model.classes or 0)
     _fill(model, tensors, folder.model, f"give the trained {network.module}" if network.name == "custom" else MEND)
     model.info = info
     return model.eval().requires_grad_(False).to(chosen_device(device))
