@@ -77,7 +77,8 @@ class CoarseData(nn.Module):
 
     def _rows(self, n: int, y: Tensor | None) -> Tensor:
         """Classes ``y`` (B,), or ``n`` times what stands for all data."""
-        return torch.full((n,), len(self.means) - 1) if y is None or len(self.means) == 1 else y
+        alone = torch.full((n,), len(self.means) - 1, device=self.means.device)
+        return alone if y is None or len(self.means) == 1 else y
 
 
 def leading(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
