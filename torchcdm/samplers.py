@@ -333,7 +333,7 @@ def adaptive_levels(
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
     steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
     model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
-    where more are asked for than there are fine ones. A denoiser of coarse data starts below T,
+    where more are asked for than there are fine ones. A denoiser with coarse data starts below T,
     see :func:`coarse_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
     """
     schedule = denoiser.schedule

@@ -191,7 +191,7 @@ def trajectories(
     """Samples (n, *shape) on the CPU that come down from noise by a sampler's steps.
 
     Arguments are those of :func:`torchcdm.sample`, checked before: ``path`` are strictly decreasing levels, from T on,
-    or from a lower one for a ``denoiser`` of coarse data; at the last samples end. ``y`` is one label each. A batch
+    or from a lower one for a ``denoiser`` with coarse data; at the last samples end. ``y`` is one label each. A batch
     that memory did not hold begins anew with half as many, for ``moved`` too.
     """
     device = denoiser.schedule.alpha.device

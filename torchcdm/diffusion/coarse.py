@@ -10,6 +10,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from torchcdm.diffusion.schedules import NoiseSchedule
 
@@ -48,9 +49,7 @@ class CoarseData(nn.Module):
         parts = [leading(part if len(part) > 1 else x) for part in [*(x[labels == y] for y in range(classes)), x]]
         return cls(*map(torch.stack, zip(*parts, strict=True)))
 
-    def start(
-        self, noise: Tensor, choice: Tensor, t: int, schedule: NoiseSchedule, y: Tensor | None = None
-    ) -> Tensor:
+    def start(self, noise: Tensor, choice: Tensor, t: int, schedule: NoiseSchedule, y: Tensor | None = None) -> Tensor:
         """Positions of the data with noise of level ``t``, x_t (B, *shape).
 
         From standard normal ``noise`` (B, *shape) and ``choice`` (B,), which takes one of the samples that are kept;
@@ -77,8 +76,8 @@ class CoarseData(nn.Module):
 
     def _rows(self, n: int, y: Tensor | None) -> Tensor:
         """Classes ``y`` (B,), or ``n`` times what stands for all data."""
-        alone = torch.full((n,), len(self.means) - 1, device=self.means.device)
-        return alone if y is None or len(self.means) == 1 else y
+        last = len(self.means) - 1
+        return torch.full((n,), last, device=self.means.device) if y is None or last == 0 else y
 
 
 def leading(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,5 +88,4 @@ def leading(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     some = x[torch.arange(POINTS) * len(x) // POINTS].cpu().numpy()  # repeated where there are fewer
     directions, positions = torch.from_numpy(found.components_), torch.from_numpy(found.transform(some))
     missing = RANK - len(directions)
-    pad = nn.functional.pad
     return torch.from_numpy(found.mean_), pad(directions, (0, 0, 0, missing)), pad(positions, (0, missing))
