@@ -28,17 +28,16 @@ NOISES = (10, 25, 50)
 DENOISED = 100
 
 
-def patches(count: int = COUNT, side: int = SIDE) -> np.ndarray:
-    """uint8 (count, 3, side, side): pieces that do not overlap, drawn from all of them at random."""
+def patches(count: int = COUNT, side: int = SIDE, stride: int = SIDE) -> np.ndarray:
+    """uint8 (count, 3, side, side): pieces that begin every ``stride`` pixels, drawn from all of them at random."""
     from skimage import data
 
     pieces = []
     for name in PICTURES:
         picture = getattr(data, name)()
         picture = picture[0] if isinstance(picture, tuple) else picture
-        rows, columns = (size // side for size in picture.shape[:2])
-        cut = picture[: rows * side, : columns * side, :3].reshape(rows, side, columns, side, 3)
-        pieces.append(cut.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side))
+        windows = np.lib.stride_tricks.sliding_window_view(picture[..., :3], (side, side), (0, 1))
+        pieces.append(windows[::stride, ::stride].reshape(-1, 3, side, side))
     pieces = np.concatenate(pieces)
     return pieces[np.random.default_rng(0).permutation(len(pieces))[:count]]
 
@@ -95,11 +94,12 @@ def main() -> None:
         commands.add_parser(name).add_argument("file", type=Path)
     data = commands.choices["data"]
     data.add_argument("--side", type=int, default=SIDE, help=f"pixels of an edge ({SIDE})")
+    data.add_argument("--stride", type=int, help="pixels between neighbours; an edge when left out: no overlap")
     data.add_argument("--count", type=int, default=COUNT, help=f"at most so many ({COUNT})")
     commands.add_parser("denoise").add_argument("run", help="a model that was trained on the patches")
     options = parser.parse_args()
     if options.command == "data":
-        np.savez_compressed(options.file, x=patches(options.count, options.side))
+        np.savez_compressed(options.file, x=patches(options.count, options.side, options.stride or options.side))
     elif options.command == "starts":
         for name, value in starts(options.file).items():
             print(f"{name:26} {value:8.3f} bits/dim", flush=True)

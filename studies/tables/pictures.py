@@ -29,20 +29,26 @@ def ruler() -> str:
     return markdown(head, rows)
 
 
+def by_cell(rows: Sequence[Any]) -> dict[tuple[Any, ...], dict[str, list[Any]]]:
+    """Rows of all trainings of a CDM and of a DDM, by evaluations, sampler and placement of the steps."""
+    cells: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
+    for row in rows:
+        key = (row["evaluations"], row["sampler"], row["spacing"])
+        cells.setdefault(key, {"cdm": [], "ddm": []})[row["model"].split("-")[0]].append(row)
+    return dict(sorted(cells.items()))
+
+
 def quality_curves(name: str) -> str:
     """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps.
 
     Of several trainings: means, with standard errors over the trainings, and the ratio of the means with the upper end
     of its 95 % interval (Welch's, of the logarithms).
     """
-    cells: dict[tuple[Any, ...], dict[str, list[Any]]] = {}
-    for row in read(name)["rows"]:
-        key = (row["evaluations"], row["sampler"], row["spacing"])
-        cells.setdefault(key, {"cdm": [], "ddm": []})[row["model"].split("-")[0]].append(row)
-    rows, several = [], any(len(found) > 1 for models in cells.values() for found in models.values())
-    for (evaluations, sampler, spacing), models in sorted(cells.items()):
+    rows, cells = [], by_cell(read(name)["rows"])
+    several = any(len(found) > 1 for models in cells.values() for found in models.values())
+    for (evaluations, sampler, spacing), models in cells.items():
         distances = {kind: [r["frechet"] for r in found] for kind, found in models.items()}
-        shown = ["–" if not found else f"{mean(values):.2f} ± {error_of(values, found):.2f}"
+        shown = ["–" if not found else f"{mean(values):.2f} ± {error_of(found):.2f}"
                  for values, found in zip(distances.values(), models.values(), strict=True)]  # fmt: skip
         shown += ["–" if not found else f"{mean(r['grain'] for r in found):.2f}" for found in models.values()]
         rows.append([str(evaluations), sampler, spacing, *shown, *([ratio_of(*distances.values())] * several)])
@@ -50,9 +56,10 @@ def quality_curves(name: str) -> str:
     return markdown(head + ["CDM / DDM, upper end"] * several, rows)
 
 
-def error_of(values: Sequence[float], rows: Sequence[Any]) -> float:
+def error_of(rows: Sequence[Any]) -> float:
     """Standard error over several trainings; of one, that of its samples."""
-    return standard_error(torch.tensor(values)) if len(values) > 1 else rows[0]["frechet_se"]
+    values = torch.tensor([row["frechet"] for row in rows])
+    return standard_error(values) if len(values) > 1 else rows[0]["frechet_se"]
 
 
 def ratio_of(cdm: Sequence[float], ddm: Sequence[float]) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from statistics import mean
 from typing import Any
 
 from studies.reproduce.result import cell_text
+from studies.tables.pictures import by_cell
 from studies.tables.reading import markdown, rate, read
+
+KINDS = ("cdm", "ddm")
 
 
 def table2_seeds() -> str:
@@ -58,19 +62,21 @@ def beside_ddm() -> str:
     time, memory = ({row["name"]: row["ratio_to_ddm"] for row in read(name)["rows"]}
                     for name in ("step_cost", "training_memory"))  # fmt: skip
     speed = {row["name"]: row["images_per_second"] for row in read("likelihood_throughput")["fashion-mnist"]}
-    main = read("table2")["tables"][0]
-    ddm, cdm = ([row[i] for i in (2, 4, 6)] for row in main["rows"][:2])
-    (everywhere,) = (row for row in read("fig4")["tables"][0]["rows"] if row[0] == "all")
     lines = [
         [f"time of a {name} step", f"{time[f'encoder/{name}-step']:.2f}", "1"]
         for name in ("denoising", "guided", "training")
     ]
     lines.append(["memory of training", f"{memory['encoder/training-step']:.2f}", "1"])
     lines.append(["likelihoods a second, 28x28", rate(speed["one-pass"]), f"{rate(speed['flow'])} (flow)"])
-    lines.append(["squared error of eps, same steps", f"{everywhere[2]:.4f}", f"{everywhere[1]:.4f}"])
-    names = (name for name in main["columns"] if "steps" in name)
-    pairs = zip(names, cdm, ddm, strict=True)
-    lines += [[f"Fréchet distance, {name}", cell_text(a), cell_text(b)] for name, a, b in pairs]
+    pictures = {"without labels": "started", "with classes": "classes", "in groups": "groups"}
+    for which, name in pictures.items():
+        content = read(f"quality_curves_{name}")
+        errors = (mean(row["mse"] for row in content["models"] if row["model"].startswith(kind)) for kind in KINDS)
+        lines.append([f"{which}: squared error of eps", *(f"{error:.4f}" for error in errors)])
+        for (evaluations, sampler, _), models in by_cell(content["rows"]).items():
+            if evaluations == 10:
+                distances = (f"{mean(row['frechet'] for row in models[kind]):.2f}" for kind in KINDS)
+                lines.append([f"{which}: Fréchet distance, `{sampler}`", *distances])
     return markdown(["Fashion-MNIST", "CDM", "DDM"], lines)
 
 

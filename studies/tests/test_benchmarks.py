@@ -23,6 +23,7 @@ from studies.benchmarks import (
     log_z_images,
     mi_tasks,
     quality_curves,
+    quality_figure,
     rare_events,
     ratio_pairs,
     restorations,
@@ -155,6 +156,11 @@ def test_quality_curves_make_nothing_again_and_end_with_their_budget(report_of, 
     assert ("cdm-0", "heun", "even", 3) in cells and ("ddm-0", "heun", "even", 5) in cells
     assert len(cells) == len(set(cells)) == 40
     assert ("cdm-0", "dpm++", "adaptive", 4) in cells, "its plus signs are no moves"
+    names = [f"{kind}-0-ddpm-adaptive-5" for kind in ("cdm", "ddm")]
+    quality_figure.pictures(tmp_path / "out" / "cells", names, tmp_path / "pictures.png")
+    (tmp_path / "rows.json").write_text(json.dumps({"rows": rows, "floors": [{"frechet": 1.0}]}), encoding="utf-8")
+    quality_figure.curves(tmp_path / "rows.json", tmp_path / "curves.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("pictures.png", "curves.png"))
     monkeypatch.setattr(quality_curves, "sample", lambda *_, **__: pytest.fail("made again"))
     assert report_of("quality_curves", *words) == rows
     with pytest.raises(UserError, match="was made with samples = 40, not 50"):

@@ -49,6 +49,16 @@ def test_csv_without_names_quoted_and_with_byte_order_mark(tmp_path, values):
     assert load_data(f"table:{path}").transform.table.names == ("x, mm", "y")
 
 
+def test_a_first_line_of_numbers_and_texts_names_the_columns_and_a_note_says_so(tmp_path, values):
+    rows = [[f"{a}", f"{b}", "ab"[k % 2]] for k, (a, b, _) in enumerate(values)]
+    source = load_data(f"table:{write(tmp_path / 'bare.csv', None, rows)}")
+    assert source.transform.table.names == tuple(rows[0])
+    (note,) = (note for note in source.notes if "first line" in note)
+    assert f"one of them '{rows[0][0]}'" in note and "put a line of names before it" in note
+    named = load_data(f"table:{write(tmp_path / 'named.csv', ['a', 'b', 'c'], rows)}")
+    assert not any("first line" in note for note in named.notes)
+
+
 def test_label_column_of_texts_and_of_numbers(tmp_path, values):
     kinds = np.array(["setosa", "virginica"])[np.arange(60) % 2]
     path = write(tmp_path / "t.csv", ["a", "b", "c", "kind"], np.column_stack([values.astype(str), kinds]))

@@ -148,6 +148,9 @@ def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
         notes.append(f"no line of column names: columns are called c0 ... c{len(header) - 1}.")
     else:
         lines = lines[1:]
+        if doubtful := [cell for cell in header if numbers([cell])]:
+            mend = "put a line of names before it if it is a row of values"
+            notes.append(f"the first line names the columns, one of them '{doubtful[0]}'; {mend}.")
     fitting = [(number, row) for number, row in lines if len(row) == len(header)]
     bad = [(number, row) for number, row in lines if len(row) != len(header)]
     if bad and skip_bad:
