@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from studies.tables.pictures import by_cell, error_of
-from torchcdm.apps.plots import panels
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
 
-NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm2": "DPM-Solver, 2nd order", "sa2": "SA-Solver (sa2, the default)"}
+from studies.tables.pictures import by_cell, error_of
+
+NAMES = {"ddim": "DDIM", "ddpm": "DDPM", "dpm2": "DPM-Solver, 2nd order", "sa2": "sa2, the default"}
 
 
 def curves(results: Path, figure: Path) -> None:
@@ -27,30 +30,26 @@ def curves(results: Path, figure: Path) -> None:
     content = json.loads(results.read_text(encoding="utf-8"))
     cells = {key: models for key, models in by_cell(content["rows"]).items() if key[2] == "adaptive"}
     floor = content["floors"][0]["frechet"]
-    with panels(figure, len(NAMES)) as axes:
-        for ax, (sampler, title) in zip(axes, NAMES.items(), strict=True):
-            for kind, color in (("ddm", "0.5"), ("cdm", "C3")):
-                found = {key[0]: models[kind] for key, models in cells.items() if key[1] == sampler and models[kind]}
-                middle = [mean(row["frechet"] for row in rows) for rows in found.values()]
-                errors = [error_of(rows) for rows in found.values()]
-                ax.errorbar(list(found), middle, errors, color=color, marker="o", capsize=3, label=kind.upper())
-            ax.axhline(floor, color="0.7", linestyle="--", label="test images")
-            ax.set(title=title, xscale="log", yscale="log", xlabel="evaluations", xticks=list(found))
-            ax.set_xticks(list(found), map(str, found))
-            ax.minorticks_off()
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.sharey(axes[0])
-        axes[0].set_yticks([0.5, 1, 2, 4, 8])
-        axes[0].set(ylabel="Fréchet distance")
-        axes[0].legend()
+    drawing = Figure(figsize=(11, 3), layout="constrained")
+    axes = drawing.subplots(1, len(NAMES), sharey=True)
+    for ax, (sampler, title) in zip(axes, NAMES.items(), strict=True):
+        for kind, color in (("ddm", "0.5"), ("cdm", "C3")):
+            found = {key[0]: models[kind] for key, models in cells.items() if key[1] == sampler and models[kind]}
+            middle = [mean(row["frechet"] for row in rows) for rows in found.values()]
+            errors = [error_of(rows) for rows in found.values()]
+            ax.errorbar(list(found), middle, errors, color=color, marker="o", capsize=3, label=kind.upper())
+        ax.axhline(floor, color="0.7", linestyle="--", label="test images")
+        ax.set(title=title, xscale="log", yscale="log", xlabel="evaluations")
+        ax.set_xticks(list(found), map(str, found))
+        ax.minorticks_off()
+    axes[0].set(ylabel="Fréchet distance", yticks=[0.5, 1, 2, 4])
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].legend()
+    drawing.savefig(figure, dpi=100)
 
 
 def pictures(folder: Path, cells: Sequence[str], figure: Path) -> None:
     """The pictures of some cells in a folder, with what they are."""
-    import numpy as np
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     found = [np.asarray(Image.open(folder / f"{cell}.png").convert("RGB")) for cell in cells]
     drawing = Figure(figsize=(6, sum(6 * len(one) / one.shape[1] + 0.25 for one in found)), layout="constrained")
     for ax, cell, one in zip(drawing.subplots(len(found), squeeze=False)[:, 0], cells, found, strict=True):

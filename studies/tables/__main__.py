@@ -76,7 +76,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-groups-50": partial(pictures.quality_curves, "quality_curves_groups_50"),
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
-    "quality-curves-classes-started": partial(pictures.quality_curves, "quality_curves_classes_started"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "rare-events": energies.rare_events,
     "rare-digits": energies.rare_digits,
