@@ -77,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
+    "quality-curves-colour-32": partial(pictures.quality_curves, "quality_curves_colour32"),
     "rare-events": energies.rare_events,
     "rare-digits": energies.rare_digits,
     "quality-of-zoo": pictures.quality_of_zoo,
