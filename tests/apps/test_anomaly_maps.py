@@ -64,9 +64,12 @@ def test_one_normal_image_in_twenty_exceeds_the_limit(smooth_images, maps):
     assert float(beyond.double().mean()) == pytest.approx(0.05, abs=0.03)
 
 
-def test_a_map_depends_on_its_image_alone(smooth_images, maps):
+def test_a_map_depends_on_its_image_alone(smooth_images, maps, monkeypatch):
     x = smooth_images[1](30, 4)
     torch.testing.assert_close(maps(x)[7:9], maps(x[7:9]), rtol=1e-9, atol=1e-9)
+    whole = maps(x)
+    monkeypatch.setattr("torchcdm.apps.anomaly.maps.AT_ONCE", 8)
+    torch.testing.assert_close(maps(x), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_the_spoiled_column_of_a_row_comes_first():

@@ -142,6 +142,7 @@ def test_texts_and_dates_of_a_table_are_shown_and_typed(tmp_path):
     assert torch.equal(shown.row([rows[0]])[:, :1], shown.examples[:1, :1])
     with pytest.raises(UserError, match="'kind'.*blue"):
         shown.row([["blue", *rows[0][1:]]])
+    assert torch.equal(shown.row(np.array(rows, dtype=object)), shown.row([rows[0]])), "a row that the page added"
 
 
 def test_a_drawing_becomes_an_image_of_the_model(digits):

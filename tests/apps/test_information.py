@@ -175,6 +175,12 @@ def test_columns_without_any_difference_tell_nothing():
     assert len(found.log_ratios[0]) == 10_000 and found.p_value == 0.05
 
 
+@pytest.mark.parametrize("alike", [np.arange(40)[:, None] % 2, np.zeros((40, 1, 4, 4), np.uint8)])
+def test_rounding_is_no_difference(alike):
+    """Products of a balanced column have no variance but by rounding, which follows the order of the rows."""
+    assert two_sample_test(alike, alike, permutations=199).p_value > 0.3
+
+
 def test_a_test_is_drawn_and_a_loaded_ratio_has_no_data(ratio, tmp_path):
     fresh = normals(50, 1.0, seed=6)
     path = two_sample_test(*fresh, permutations=19).plot(tmp_path / "test.png")

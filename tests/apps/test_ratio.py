@@ -361,6 +361,8 @@ def test_mistakes(ratio):
         DensityRatio(steps=0).fit("nothing.csv", q)
     with pytest.raises(UserError, match="data.spec has no effect on a ratio"):
         DensityRatio(data={"spec": "digits"}).fit(p, q)
+    with pytest.raises(UserError, match="data.dequantize is of images"):
+        DensityRatio(data={"dequantize": False}).fit(p, q)
     with pytest.raises(UserError, match="not fitted; call fit"):
         DensityRatio().log_ratio(p)
     with pytest.raises(UserError, match="3 column.s.; 2 are needed"):

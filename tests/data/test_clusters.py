@@ -62,6 +62,11 @@ def test_files_of_images_are_read_in_parts(tmp_path, monkeypatch):
     assert torch.equal(load_data(f"array:{tmp_path / 'x.npy'}", clusters=4).train.labels, whole)
 
 
+def test_fewer_samples_than_neighbours_have_groups():
+    source = from_object(groups(20)[0][:4], clusters=2, validation_fraction=0, test_fraction=0)
+    assert set(source.train.labels.tolist()) == {0, 1}
+
+
 def test_mistakes_are_named_in_one_line():
     x, _ = groups(20)
     with pytest.raises(UserError, match="data.clusters is 17, but there are 16 training samples"):

@@ -72,6 +72,18 @@ def test_memory_of_crops_counts_all_splits(tmp_path, monkeypatch):
         assert (train.read(train.items[0][0]) is train.read(train.items[0][0])) == held
 
 
+def test_a_split_without_images_is_drawn_with_crops_as_without(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for k in range(8):
+            np.save(tmp_path / "train" / name / f"{k}.npy", np.full((20, 20), 9 * k, np.uint8))
+    (tmp_path / "test").mkdir()
+    whole, cropped = (load_data(f"folder:{tmp_path}", **options) for options in ({}, {"crop": (8, 8)}))
+    for split in ("train", "validation", "test"):
+        assert len(cropped.split(split)) and len(whole.split(split))
+        assert cropped.split(split).labels.dtype == torch.long
+
+
 class Levels:
     model = torch.nn.Linear(1, 1)
 

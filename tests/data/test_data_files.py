@@ -120,7 +120,9 @@ def test_saving_where_it_cannot_be(tmp_path):
     with pytest.raises(UserError, match="file.*cannot be written"):
         save_images(bytes_like(1, 1, 6, 5), tmp_path / "file", GREY)
     with pytest.raises(UserError, match="are no images"):
-        save_images(torch.zeros(3, 2), tmp_path)
+        save_images(torch.zeros(3, 1), tmp_path, DataTransform.images((1,), 65536))
+    with pytest.raises(UserError, match="are no rows; save them with save_images"):
+        save_table(bytes_like(1, 1, 6, 5), tmp_path / "t.csv")
     with pytest.raises(UserError, match="cannot be written"):
         save_table(torch.zeros(3, 2), tmp_path / "file" / "t.csv")
 

@@ -316,6 +316,33 @@ def test_dataset_of_pairs_equals_its_tensors():
     assert from_object(direct) is direct
 
 
+def test_a_small_dataset_is_read_once():
+    class Counted(_Images):
+        read = []
+
+        def __getitem__(self, index):
+            self.read.append(index)
+            return super().__getitem__(index)
+
+    from_object(Counted(np.random.default_rng(0).integers(0, 256, (12, 5, 6, 3), dtype=np.uint8)))
+    assert sorted(Counted.read) == [0, *range(12)]  # the first one tells how large they are
+
+
+def test_arrays_that_are_read_only_are_data_like_others(recwarn, request):
+    torch.set_warn_always(True)  # else once in a process
+    request.addfinalizer(lambda: torch.set_warn_always(False))
+    x = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    for values in (x, x.astype(np.float32)):
+        values.flags.writeable = False
+        from_object(values)
+    assert not [warning for warning in recwarn if "not writable" in str(warning.message)]
+
+
+def test_large_labels_that_are_floats_stay_apart():
+    x, y = np.random.RandomState(0).normal(size=60), np.repeat([1_000_001.0, 1_000_002.0], 30)
+    assert from_object(pd.DataFrame({"x": x, "y": y}), "y").class_names == ("1000001", "1000002")
+
+
 def test_large_dataset_stays_lazy(monkeypatch):
     x = torch.randn(40, 3, 4, 4)
     dataset = torch.utils.data.TensorDataset(x, torch.arange(40) % 4)

@@ -111,9 +111,9 @@ def test_what_cannot_be_trained_on_is_refused():
     table = DataSource("table", vectors, vectors, vectors, DataTransform((3,)))
     with pytest.raises(UserError, match="data.flip mirrors images"):
         Batches(table, 4, seed=0, labels=False, flip=True)
-    unlabelled = dataclasses.replace(source(), train=MemorySplit(torch.zeros(8, 1, 4, 4, dtype=torch.uint8)))
-    with pytest.raises(UserError, match="has no class; use --model.labels none"):
-        steps(Batches(unlabelled, 4, seed=0, labels=True), 0, 1)
+    partly = MemorySplit(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 0, 1, 0, -1]))
+    with pytest.raises(UserError, match="1 of 8 training samples have no class; give them one, or use --model.labels"):
+        Batches(dataclasses.replace(source(), train=partly), 4, seed=0, labels=True)
 
 
 def test_seeds_of_different_purposes_do_not_collide():

@@ -97,7 +97,8 @@ class Explorer:
         import pandas as pd
 
         table = self.info.transform.table or TableEncoding.numbers(self.columns)
-        frame = pd.DataFrame(np.asarray(cells, dtype=object).reshape(1, -1), columns=list(table.names))
+        first = np.asarray(cells, dtype=object).reshape(-1, len(table.names))[:1]  # the page lets one add rows
+        frame = pd.DataFrame(first, columns=list(table.names))
         return TableEncoding(table.kept).encode(frame, "the row").x.float()
 
     # --- what is shown ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchcdm.data.images import channels_first, conform
 from torchcdm.data.options import DataOptions
-from torchcdm.data.source import NO_LABEL, Grid, MemorySplit, Samples, single
+from torchcdm.data.source import NO_LABEL, Grid, MemorySplit, Samples, shared, single
 from torchcdm.errors import UserError, reason
 from torchcdm.runtime.reading import reading
 from torchcdm.units import DataTransform
@@ -104,7 +104,7 @@ def interpret(
             grid = _grid(low, high, like)
             notes.append(f"whole numbers {low} ... {high}: {grid[1] - grid[0] + 1} grey levels.")
             dtype = np.uint8 if x.dtype.kind != "i" and grid[1] < 256 else np.float32
-            return torch.from_numpy(np.ascontiguousarray(x, dtype)), grid, notes
+            return shared(np.ascontiguousarray(x, dtype)), grid, notes
         notes.append(f"whole numbers {low} ... {high} are too many or too large for grey levels: taken as continuous.")
     finite = np.isfinite(x).reshape(len(x), -1).all(1)
     if not finite.all():
@@ -188,7 +188,7 @@ def read_labels(
             values, y = values[1:], y + NO_LABEL
         if len(values) > max(2, count // 2):
             raise UserError(f"{name}: {len(values)} classes in {count} rows; is the label an identifier?")
-        class_names = [f"{value:g}" if values.dtype.kind == "f" else str(value) for value in values]
+        class_names = [str(int(value) if values.dtype.kind == "f" else value) for value in values]
     y, limit = y.astype(np.int64), count if class_names is None else len(class_names)
     wrong = np.flatnonzero((y < (NO_LABEL if hidden else 0)) | (y >= limit))
     if len(wrong):

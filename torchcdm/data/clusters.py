@@ -78,7 +78,7 @@ def in_clusters(source: DataSource, count: int, seed: int) -> DataSource:
     main = PCA(min(DIRECTIONS, *z.shape), random_state=seed).fit(z)
     places = main.transform(z)
     groups = spectral_groups(places, count, np.random.default_rng(seed))
-    found = KNeighborsClassifier(5, weights="distance").fit(places, groups)
+    found = KNeighborsClassifier(min(5, len(places)), weights="distance").fit(places, groups)
     parts = (source.transform(split.values(k).float()) for k in torch.arange(len(split)).split(most))
     labels = torch.from_numpy(np.concatenate([found.predict(main.transform(rows(part))) for part in parts])).long()
     names = tuple(f"cluster {k}" for k in range(count))

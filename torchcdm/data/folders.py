@@ -102,10 +102,12 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     splits = {}
     for split, part in files.items():
         kept = [path for path in part if path in good]
+        if not kept and split != "train":
+            continue
         labels = torch.tensor([names.index(above[path]) if class_names else NO_LABEL for path in kept])
         if options.crop is not None:
             splits[split] = CropSplit(read, {path: good[path].size for path in kept}, options.crop, labels)
-        elif kept or split == "train":
+        else:
             splits[split] = LazySplit(read, kept, labels).in_memory_if_small(len(good))
     notes += [f"{len(names)} classes, from the names of the sub-folders."] if class_names else []
     return Samples(f"folder:{argument}", splits, info.grid, class_names, notes=(*notes, *more))

@@ -144,7 +144,7 @@ def check_spec(spec: str) -> None:
             raise UserError(f"unknown data '{spec}'; write {meant}")
         if os.path.exists(spec):
             raise UserError(f"{spec}: no table, array or folder of images; give .csv, .parquet, .npz or a folder")
-        if kind == spec and (Path(spec).suffix or len(Path(spec).parts) > 1):
+        if kind == spec and (Path(spec).suffix or Path(spec).name != spec):
             raise UserError(f"{spec}: no such file or folder")
         raise UserError(f"unknown data '{spec}'; {nearest(kind, LOADERS)}")
     needed = LOADERS[kind][1]
@@ -174,15 +174,10 @@ def spec_of(path: str | Path) -> str:
     return f"{prefix}:{text}" if text and prefix and os.path.exists(path) else text
 
 
-def _pair(dataset: Any, index: int) -> tuple[Any, Any]:
-    """A sample as a torch Dataset gives it, and its label or None."""
-    item = dataset[index]
-    return (item[0], item[1]) if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
-
-
-def _sample(dataset: Any, index: int) -> Tensor:
-    """A sample as a tensor of event shape."""
-    (value, _), what = _pair(dataset, index), f"sample {index} of the Dataset"
+def _item(dataset: Any, index: int) -> tuple[Tensor, Any]:
+    """A sample as a tensor of event shape, and its label or None."""
+    item, what = dataset[index], f"sample {index} of the Dataset"
+    value, label = item[:2] if isinstance(item, (tuple, list)) and len(item) >= 2 else (item, None)
     value = value[0] if isinstance(value, (tuple, list)) and len(value) == 1 else value
     if hasattr(value, "getbands"):
         value, _ = from_pillow(value)
@@ -192,7 +187,12 @@ def _sample(dataset: Any, index: int) -> Tensor:
     value = arrays.as_array(value, what)
     arrays.check_numbers(value, what)
     value = torch.from_numpy(np.moveaxis(value, 2, 0) if last else value)
-    return value[None] if value.ndim == 2 else value
+    return value[None] if value.ndim == 2 else value, label
+
+
+def _sample(read: Callable[[int], tuple[Tensor, Any]], index: int) -> Tensor:
+    """Of an item the sample alone."""
+    return read(index)[0]
 
 
 def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
@@ -200,9 +200,14 @@ def _from_dataset(dataset: Any, y: Any, options: DataOptions) -> Samples:
     count = len(dataset)
     if count == 0:
         raise UserError("the Dataset is empty")
-    if y is None and _pair(dataset, 0)[1] is not None:
-        y = [_pair(dataset, index)[1] for index in range(count)]
-    pool = LazySplit(partial(_sample, dataset), range(count), name="the Dataset: sample ").in_memory_if_small(count)
+    read: Callable[[int], tuple[Tensor, Any]] = partial(_item, dataset)
+    pool = LazySplit(partial(_sample, read), range(count), name="the Dataset: sample ")
+    if pool.is_small(count):  # read once, with the labels
+        read = [read(index) for index in range(count)].__getitem__
+        pool.read = partial(_sample, read)
+    if y is None and read(0)[1] is not None:
+        y = [read(index)[1] for index in range(count)]
+    pool = pool.in_memory_if_small(count)
     if isinstance(pool, MemorySplit):
         return arrays.samples_of(pool.x.numpy(), y, "Dataset", options, first=True)
     shape, dtype = tuple(pool.like.shape), pool.like.dtype

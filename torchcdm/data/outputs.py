@@ -45,10 +45,11 @@ def save_images(
 
     PNG, scaled as by :func:`to_bytes`; grey images with more than 256 levels become 16-bit PNG with their own values,
     images of more than four channels .npy files (C, H, W) with their own values. They are called by ``names``, without
-    suffix, or 000000, 000001, ... UserError for no images, or a folder that cannot be written.
+    suffix, or 000000, 000001, ... UserError for what are no images, or a folder that cannot be written.
     """
     many = x.ndim == 4 and x.shape[1] > 4
-    deep = transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535 and x.shape[1] == 1
+    grey = x.ndim == 4 and x.shape[1] == 1
+    deep = grey and transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535
     values = _stored(x, transform) if many or deep else to_bytes(x, transform).numpy()
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
     paths = [Path(folder) / f"{name}{'.npy' if many else '.png'}" for name in names]
@@ -112,6 +113,8 @@ def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = No
     has the names, and values to round to; c0, c1, ... where it has none."""
     import pandas as pd
 
+    if x.ndim != 2:
+        raise UserError(f"{path}: samples of shape {tuple(x.shape[1:])} are no rows; save them with save_images")
     x = x if transform is None else transform.quantize(x)
     table = None if transform is None else transform.table
     frame = pd.DataFrame(x.cpu().numpy()).add_prefix("c") if table is None else table.decode(x)

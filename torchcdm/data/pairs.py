@@ -20,7 +20,7 @@ from torchcdm.data.source import DataSource, Grid, MemorySplit, single, split_ro
 from torchcdm.errors import UserError
 from torchcdm.random import permutation, stream
 from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
-from torchcdm.units.frames import as_frame, by_place, check_numbers, is_frame, noted, unnamed, without_counter
+from torchcdm.units.frames import as_frame, by_place, check_only_numbers, is_frame, noted, unnamed, without_counter
 from torchcdm.units.lattice import Discrete, by_chance, spread
 from torchcdm.units.table import ID, may_be_id
 
@@ -62,13 +62,15 @@ def pair_up(
             an array or a folder of images. Of a data set with splits, the training one.
         denominator: Another, with the same columns or the same shape.
         options: ``validation_fraction`` is the share of each that is held out, ``HELD_OUT`` when None; ``seed`` is
-            that of the split and of the dequantisation; ``size``, ``channels`` and ``skip_bad`` are for images.
+            that of the split and of the dequantisation; ``size``, ``channels``, ``dequantize`` are for images.
         discrete: Columns with few values: ``dequantize`` adds uniform noise over their cells, ``error`` names them.
     """
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
     values, table, transform, notes = read_pair(numerator, denominator, options, discrete)
+    if table is not None and not options.dequantize:
+        raise UserError("data.dequantize is of images; discrete='error' refuses columns that would be dequantised")
     counts, warp = (len(values[0]), len(values[1])), None
     fraction = HELD_OUT if options.validation_fraction is None else options.validation_fraction
     cells = {} if table is None else table.cells
@@ -189,7 +191,7 @@ def _coded(
     if set(frames[0].columns) != set(frames[1].columns):
         k = int(unnamed(frames[1].columns))
         if unnamed(frames[k].columns):
-            check_numbers(frames[1 - k], names[1 - k])
+            check_only_numbers(frames[1 - k], names[1 - k])
         frames[k] = by_place(frames[k], frames[1 - k].columns, names[k])
     for one, other in ((0, 1), (1, 0)):
         missing = [column for column in frames[one].columns if column not in frames[other].columns]

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -117,9 +118,12 @@ class LazySplit(Split):
         return result
 
     def in_memory_if_small(self, total: int) -> Split:
-        """The samples in memory where ``total`` of them fit (``MEMORY_LIMIT``), else as they are."""
-        small = len(self) and total * self.like.nbytes <= MEMORY_LIMIT
-        return MemorySplit(*self.tensors()) if small else self
+        """The samples in memory where ``total`` of them are small, else as they are."""
+        return MemorySplit(*self.tensors()) if len(self) and self.is_small(total) else self
+
+    def is_small(self, total: int) -> bool:
+        """Whether ``total`` of the samples fit into memory (``MEMORY_LIMIT``)."""
+        return total * self.like.nbytes <= MEMORY_LIMIT
 
     def _sample(self, item: Any) -> Tensor:
         x, like = self.read(item), self.like
@@ -296,4 +300,11 @@ def single(x: np.ndarray, name: str) -> Tensor:
         values = np.ascontiguousarray(x, np.float32)
     if not np.isfinite(values).all():
         raise UserError(f"{name}: holds values beyond float32 (3e38); divide them by a constant")
-    return torch.from_numpy(values)
+    return shared(values)
+
+
+def shared(x: np.ndarray) -> Tensor:
+    """The same numbers as a tensor, which is never written to: so torch need not warn of arrays that are read only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(x)

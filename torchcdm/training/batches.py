@@ -44,7 +44,8 @@ class Batch(NamedTuple):
 @dataclass(eq=False, repr=False)
 class Batches:
     """The batches of a training, from any step on; ``batch_size`` counts all processes together, ``labels`` says if
-    the model sees classes. UserError for a batch that does not divide over the processes, or vectors to mirror."""
+    the model sees classes. UserError for a batch that does not divide over the processes, samples without a
+    class, or vectors to mirror."""
 
     source: DataSource
     batch_size: int
@@ -61,6 +62,9 @@ class Batches:
         if self.flip and len(self.source.shape) != 3:
             raise UserError("data.flip mirrors images; these data are vectors")
         self.split, share = self.source.split("train"), self.batch_size // self.world
+        if self.labels and self.split.labels.ndim == 1 and (without := int((self.split.labels < 0).sum())):
+            message = f"{without} of {len(self.split)} training samples have no class"
+            raise UserError(f"{self.source.name}: {message}; give them one, or use --model.labels none")
         self.mine = slice(self.rank * share, (self.rank + 1) * share)
 
     def __call__(self, first: int, last: int, loss: Loss, device: torch.device) -> Iterator[Batch]:
@@ -76,8 +80,6 @@ class Batches:
             x_0 = transform(transform.spread(x, places))
             t = loss.draw_levels(self.batch_size, stream(self.seed, "level", step))[self.mine]
             eps = torch.randn(shape, generator=stream(self.seed, "noise", step), dtype=torch.float32)[self.mine]
-            if self.labels and y.ndim == 1 and bool((y < 0).any()):
-                raise UserError(f"{self.source.name}: a training sample has no class; use --model.labels none")
             y = y.to(device) if self.labels else None
             yield Batch(x_0.to(device, dtype), y, t.to(device), eps.to(device, dtype))
 

@@ -65,7 +65,7 @@ def unnamed(columns: Sequence[str]) -> bool:
     return list(columns) in [[f"{letter}{k}" for k in range(len(columns))] for letter in ("", "c")]
 
 
-def check_numbers(frame: DataFrame, name: str) -> None:
+def check_only_numbers(frame: DataFrame, name: str) -> None:
     """UserError, with its ``name``, for a table that cannot go by place, as it holds more than plain numbers."""
     if frame.isna().any(axis=None) or any(dtype.kind not in "iuf" for dtype in frame.dtypes):
         raise UserError(f"{name}: cells that are no numbers cannot go by place; give the columns of both sides names")
@@ -73,11 +73,11 @@ def check_numbers(frame: DataFrame, name: str) -> None:
 
 def by_place(frame: DataFrame, columns: Sequence[str], name: str) -> DataFrame:
     """The table with ``columns`` as its names, where these or its own are :func:`unnamed`; as it is else. UserError,
-    with its ``name``, for another number of columns; its own names need :func:`check_numbers`."""
+    with its ``name``, for another number of columns; its own names need :func:`check_only_numbers`."""
     if not unnamed(frame.columns) and not unnamed(columns):
         return frame
     if not unnamed(frame.columns):
-        check_numbers(frame, name)
+        check_only_numbers(frame, name)
     if len(frame.columns) != len(columns):
         raise UserError(f"{name}: {len(frame.columns)} column(s); {len(columns)} are needed where they go by place")
     return frame.set_axis(list(columns), axis=1)

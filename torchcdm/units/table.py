@@ -13,7 +13,7 @@ and of all other numbers a density in the column's own unit.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,8 +121,8 @@ class Column:
             x = np.where(x > value, np.maximum(x - self.cell, value), x)
         x[empty] = np.nan
         if self.kind == "date":
-            unit, count = ("D", x) if self.decimals == 0 else ("s", 86400 * x)
-            stamps = pd.to_datetime(count.round(), unit=unit, origin="unix", errors="coerce")
+            seconds = (86400 * (x.round() if self.decimals == 0 else x)).round()
+            stamps = pd.DatetimeIndex(seconds.astype("datetime64[s]"))  # in nanoseconds they would end in 2262
             return stamps if self.zone is None else stamps.tz_localize("UTC").tz_convert(self.zone)
         x = x if self.decimals is None else x.round(self.decimals)
         if self.decimals != 0 or np.abs(np.nan_to_num(x)).max(initial=0) >= 2**63:
@@ -225,7 +225,7 @@ class TableEncoding:
         absent = [column for column in self.names if column not in frame.columns]
         if absent:
             raise UserError(f"{name}: no column {listed(absent)} (found: {', '.join(frame.columns)})")
-        out, odd = np.zeros(len(frame), bool), [[] for _ in range(len(frame))]
+        out, odd = np.zeros(len(frame), bool), defaultdict(list)
         for column in self.columns:
             constant = self.constants.get(column.name)
             if constant is not None and column.name not in frame.columns:
@@ -246,7 +246,8 @@ class TableEncoding:
             raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
         rows = np.flatnonzero(~out)
         x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))
-        return Encoded(torch.from_numpy(x), torch.from_numpy(rows), [", ".join(odd[row]) for row in rows])
+        deviations = [", ".join(odd.get(row, ())) for row in rows.tolist()]
+        return Encoded(torch.from_numpy(x), torch.from_numpy(rows), deviations)
 
     def decode(self, x: Tensor) -> DataFrame:
         """Rows of the model (N, d) as a table: all columns in the order and of the kinds of training."""
@@ -313,10 +314,8 @@ def _levels(column: Column, cells: Series) -> tuple[Column | None, list[str]]:
 
 def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, list[str]]:
     """Numbers or dates; ``repeated`` ones get a cell."""
-    import pandas as pd
-
     def text(value: float, digits: int) -> str:
-        return str(pd.Timestamp(np.floor(value), unit="D").date()) if is_date else f"{value:.{digits}g}"
+        return str(np.datetime64(int(np.floor(value)), "D")) if is_date else f"{value:.{digits}g}"
 
     is_date, zone = column.kind == "date", getattr(cells.dtype, "tz", None)
     column = replace(column, **spelling(cells, column.kind), zone=None if zone is None else str(zone))

@@ -45,6 +45,7 @@ class AnomalyDetector:
         >>> flags = detector.flags(detector.score(x), fpr=0.05)
     """
 
+    @checked
     def __init__(self, name: str, model: Denoiser, background: Denoiser | None = None) -> None:
         if name not in SCORES:
             raise UserError(f"unknown anomaly score {shown(name)}; {nearest(name, SCORES)}")
@@ -167,7 +168,7 @@ class AnomalyDetector:
 
 
 def normal_data(
-    model: Denoiser, paths: Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
+    model: Denoiser, paths: str | Path | Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
 ) -> tuple[Tensor, str]:
     """Normal data that did not train a model of known data, data units (N, *shape), and what they are called.
 
@@ -176,6 +177,7 @@ def normal_data(
     left out with a warning: they are flagged whatever their score.
     """
     if paths is not None:
+        paths = [paths] if isinstance(paths, (str, Path)) else paths
         found = model.info.read_inputs(paths, skip_bad)
         usual = torch.tensor([not columns for columns in found.deviating])
         if not usual.all():

@@ -24,6 +24,7 @@ from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
 FLOOR = 0.1  # share of the mean deviation that is added to that of every place: some never vary in the reference
+AT_ONCE = 256  # inputs whose errors are in memory together: levels and areas take many times as much as maps
 LARGEST = 500  # reference samples that are used at most
 USUAL = 0.95  # share of normal inputs whose map stays below the limit everywhere
 
@@ -63,7 +64,8 @@ class AnomalyMap:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Maps of ``x`` (N, *shape), data units: float64 (N, H, W) of images, smoothed, and (N, d) of vectors."""
-        return self.apply(self.errors(x))
+        parts = as_samples(self.model, x).split(AT_ONCE)
+        return torch.cat([self.apply(self.errors(part)) for part in parts])
 
     def errors(self, x: Tensor) -> Tensor:
         """Errors of E[x_0 | x_t], model units, the mean over draws of x_t: float64 (N, levels, *shape).

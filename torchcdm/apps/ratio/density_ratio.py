@@ -81,7 +81,7 @@ class DensityRatio:
         progress: Shows a progress bar.
         **overrides: As for :func:`torchcdm.fit`: fields of the training (``steps=500``) or sections
             (``model={"gaussian": False}``). Of ``data`` count ``size`` and ``channels`` that images are converted to,
-            ``skip_bad``, ``dequantize``, and ``validation_fraction``, the share of each that is held out.
+            their ``dequantize``, ``skip_bad``, and ``validation_fraction``, the share of each that is held out.
 
     Attributes:
         notes: What was read off the data, one sentence each.

@@ -266,8 +266,10 @@ def _features(ranks: np.ndarray, landmarks: np.ndarray) -> dict[str, Callable[[n
     found = {}
     for name, (of, kernel) in kinds.items():
         plain = Nystroem(**kernel, n_components=len(landmarks), random_state=0).fit(of(landmarks))
-        variances, directions = np.linalg.eigh(np.cov(plain.transform(of(ranks)).T, bias=True))
+        values = plain.transform(of(ranks))
+        variances, directions = np.linalg.eigh(np.cov(values.T, bias=True))
+        varies = variances[-1] > 1e-12 * np.square(values).mean()  # else by rounding, which follows the rows' order
         # Small variances count less: they are noise sooner than signal.
-        scaled = directions / np.sqrt(variances.clip(0) + RIDGE * max(variances[-1], 1e-100))
+        scaled = varies * directions / np.sqrt(variances.clip(0) + RIDGE * max(variances[-1], 1e-100))
         found[name] = lambda ranks, of=of, plain=plain, scaled=scaled: plain.transform(of(ranks)) @ scaled
     return found
