@@ -234,6 +234,11 @@ def test_mistakes_are_named_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_is_no_model():
+    with pytest.raises(UserError, match="'zoo:digits' is no model; torchcdm.load gives one"):
+        sample("zoo:digits", 4)
+
+
 def test_a_joint_model_draws_a_class_first_by_its_frequency():
     schedule, mixture = LogSNRSchedule(20), labelled_mixture()
     prior = torch.tensor([0.8, 0.2])

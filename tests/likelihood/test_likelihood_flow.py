@@ -14,6 +14,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood import FlowSolver, Scoring, probability_flow
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion, GuidedDenoiser
+from torchcdm.training.checkpoint import load
 from torchcdm.units import DataTransform
 
 
@@ -61,6 +62,12 @@ def test_a_gaussian_needs_no_steps():
     one_step = solver(model, steps=1)
     assert torch.allclose(one_step.log_prob(z).log_prob, mixture.log_prob(z, 1, schedule), atol=1e-8)
     assert one_step.nfe == 3
+
+
+def test_inputs_of_another_shape_are_named():
+    model = load("zoo:two-moons")
+    with pytest.raises(UserError, match=r"inputs have shape \(3,\); the model takes \(2,\)"):
+        FlowSolver(model).log_prob(torch.zeros(4, 3))
 
 
 def test_second_order_in_the_steps():

@@ -6,6 +6,7 @@ import torch
 from pretended_device import MixedDevices, pretended_device
 from small_runs import small_flags
 
+import torchcdm
 from torchcdm import DensityRatio
 from torchcdm.cli import main
 from torchcdm.data import load_data
@@ -72,8 +73,16 @@ def test_images_from_training_to_scores(cdm, labels):
     guided = [] if labels == "none" else ["--guidance", "1", "--label", "3"]
     for sampler in ("ddpm", "heun"):
         cdm(f"sample run --n 3 --steps 3 --sampler {sampler} --out {sampler} --quiet", *guided)
-    cdm("nll run --limit 2 --flow-steps 2 --methods single,elbo,flow --quiet")
+    cdm("nll run --limit 2 --flow-steps 2 --methods single,elbo,flow,logz --sweeps 4 --quiet")
     cdm("score run digits.npy --reference digits.npy digits.npy --fpr 0.5")
+
+
+def test_a_model_that_is_made_or_loaded_is_trained(any_device):
+    with pretended_device() as device:
+        model = torchcdm.load("zoo:two-moons")
+        for _ in range(2):  # the second time it is on the device already
+            model = torchcdm.train(model, TABLE[:, :2], steps=2, device=str(device), progress=False)
+        assert model.transform.shift.device == device
 
 
 def test_denoising(cdm):

@@ -10,13 +10,15 @@ from pretended_device import pretended_device
 from studies.reproduce import fig9
 from studies.reproduce.denoised import denoised
 from studies.reproduce.fig3 import log_posteriors
+from torchcdm.data import load_data
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.likelihood import single_pass
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
-from torchcdm.training.evaluation import BATCH, at_all_levels, level_sums, noisy_batches, validate
+from torchcdm.training.checkpoint import load
+from torchcdm.training.evaluation import BATCH, at_all_levels, evaluate, level_sums, noisy_batches, validate
 from torchcdm.units import DataTransform
 
 SCHEDULE = UniformSigmaSchedule(10)
@@ -32,6 +34,12 @@ def model_of_images():
 
 def images(n=N):
     return torch.randint(0, 17, (n, 1, 3, 3), generator=rng()).to(torch.uint8)
+
+
+def test_measurements_are_those_of_evaluation_mode():
+    digits, model = load_data("digits").validation, load("zoo:digits")
+    found = evaluate(model, digits, 20, draws=1)
+    assert evaluate(model.train(), digits, 20, draws=1) == found and model.training
 
 
 def joined(batches, name):

@@ -33,6 +33,37 @@ def test_fit_learns_a_density_in_the_units_of_the_data():
     assert abs(float(x[:, 1].median()) / 0.01 - 1) < 0.1
 
 
+def test_a_model_of_the_zoo_that_is_trained_on_is_loaded_by_name(tmp_path):
+    model = torchcdm.load("zoo:two-moons")
+    torchcdm.train(model, torch.randn(60, 2), steps=2, **TINY).save(tmp_path / "on")
+    x = torch.randn(3, 2)
+    assert torch.equal(torchcdm.load(tmp_path / "on").log_prob(x), model.log_prob(x))
+    model.backbone = torch.nn.Sequential(model.backbone)  # another network is one's own
+    torchcdm.train(model, torch.randn(60, 2), steps=2, **TINY).save(tmp_path / "own")
+    with pytest.raises(UserError, match="has a network of your own, Sequential"):
+        torchcdm.load(tmp_path / "own")
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_training_has_gradients_wherever_it_is_called(context):
+    x = torch.randn(60, 2)
+    with context():
+        model = torchcdm.fit(x, steps=2, model={"backbone": {"width": 8}}, **TINY)
+    assert model.log_prob(x[:3]).isfinite().all()
+
+
+def test_what_several_processes_leave_nowhere_is_refused_before_the_training(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="give out, a folder that all of them see"):
+        torchcdm.fit(torch.randn(60, 2), steps=2, **TINY)
+
+
+def test_a_folder_with_a_model_alone_has_nothing_to_go_on_with(tmp_path):
+    torchcdm.load("zoo:two-moons").save(tmp_path)
+    with pytest.raises(UserError, match="holds a model, but no training to go on with"):
+        torchcdm.fit(torch.randn(60, 2), steps=2, out=tmp_path, resume=True, **TINY)
+
+
 def test_fit_takes_images_and_keeps_the_run(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
     model = torchcdm.fit(

@@ -97,6 +97,22 @@ def test_what_the_user_gives_is_not_chosen(monkeypatch):
     assert config.train.max_seconds == 300
 
 
+def test_several_processes_do_not_scale_each_by_its_own_clock(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not fit.scales([preset_fields("encoder"), {}], "5m")
+
+
+def test_a_budget_is_the_same_at_first_and_when_a_run_goes_on(tmp_path):
+    x = images()
+    for own in ({}, {"model": {"backbone": {"width": 8, "multipliers": [1], "blocks": 1}}}):
+        seconds = []
+        for steps in (2, 3):
+            torchcdm.fit(x, budget="10m", device="cpu", out=tmp_path / str(len(own)), sampling={"n": 0},
+                         progress=False, resume=True, steps=steps, **own)  # fmt: skip
+            seconds.append(file_fields(tmp_path / str(len(own)) / "config.yaml")["train"]["max_seconds"])
+        assert seconds == [480, 480]
+
+
 def test_a_configuration_that_was_scaled_is_taken_as_it_is(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(make_config(preset_fields("encoder"))))

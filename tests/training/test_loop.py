@@ -19,6 +19,8 @@ from torchcdm.data import DataOptions, from_object
 from torchcdm.errors import UserError
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.runtime.artefact import read_json
+from torchcdm.runtime.files import write_json
 from torchcdm.runtime.processes import Processes
 from torchcdm.runtime.validation import encode
 from torchcdm.training import loop as training
@@ -215,6 +217,16 @@ def test_more_steps_go_on_and_other_settings_do_not(tmp_path):
         run_training(tmp_path / "run", train__steps="5")
     with pytest.raises(UserError, match="was trained with model.backbone.width = 8, not 16"):
         run_training(tmp_path / "run", resume=True, model__backbone__width="16")
+
+
+def test_a_resume_without_a_step_leaves_what_was_measured(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run_training(run.root, train__steps="3")
+    write_json(run.report, read_json(run.report) | {"nll": 1.5})
+    run_training(run.root, resume=True, train__steps="3")
+    assert read_json(run.report)["nll"] == 1.5
+    run_training(run.root, resume=True, train__steps="5")
+    assert "nll" not in read_json(run.report) and read_json(run.report)["steps"] == 5
 
 
 def test_the_callers_random_numbers_are_left_alone(tmp_path):

@@ -16,12 +16,12 @@ from torchcdm.cli.commands import SHORT
 from torchcdm.data import DataSource, parse_size
 from torchcdm.data.named import CELEBA_SIZE
 from torchcdm.errors import UserError
-from torchcdm.runtime.processes import chosen_device, is_first, several
+from torchcdm.runtime.processes import chosen_device, is_first
 from torchcdm.samplers import make_sampler
 from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, merge, preset_fields
-from torchcdm.training.fit import SCALED, TRAINING_SHARE, scales, seconds_a_step, seconds_of, with_budget
+from torchcdm.training.fit import scales, seconds_a_step, with_budget
 from torchcdm.training.loop import Interrupted
 from torchcdm.training.loop import train as trained
 from torchcdm.training.run_folder import RunFolder
@@ -68,9 +68,7 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
     saved = file_fields(run.config) if options.resume and os.path.exists(run.config) else {}
     if saved and options.preset in (None, saved.get("preset")):
         # A run goes on as it was, but for what is given; what was scaled too: no two measurements of a step agree.
-        share = TRAINING_SHARE if saved.get("preset") == SCALED else 1.0
-        time = {} if options.budget is None else {"max_seconds": share * seconds_of(options.budget)}
-        layers = [saved, {"train": time}]
+        layers = [saved]
     if options.config is not None:
         layers.append(file_fields(options.config))
     if not layers:
@@ -82,7 +80,7 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
     train = {"compile": True} if options.compile else {}
     short = flag_fields((SHORT[name][0], text) for name, text in texts.items())
     layers.append(merge(merge(short, {"data": data, "train": train}), flag_fields(options.fields)))
-    if scales(layers, options.budget) and not several() and not run.holds_run():
+    if scales(layers, options.budget) and not run.holds_run():
         source = load_source(make_config(*layers).data, progress)
     return with_budget(layers, source, options.budget, options.device, progress), source
 

@@ -30,7 +30,7 @@ from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, progress_bar, share
-from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked
+from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked, shown
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
 STEPS = 25  # by default
@@ -137,6 +137,8 @@ def sample(
         details: Gives :class:`Draws`, with effective sample size, weights and log Z.
         progress: Shows a progress bar.
     """
+    if not isinstance(model, Denoiser):
+        raise UserError(f"sample: {shown(model)} is no model; torchcdm.load gives one")
     if corrector is None:
         corrector = int(bool(particles or (model.composed and sampler is None)))
     if shape and model.shape not in (None, shape):

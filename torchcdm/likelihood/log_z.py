@@ -340,6 +340,7 @@ class _Points:
         noise = normal(x_0.shape, stream(self.scoring.seed, "classes"), x_0.device)
         x_t = model.schedule.perturb(x_0, level, noise).to(self.target.dtype)
         classes = in_batches(model, x_t, lambda rows: model.class_posterior(x_t[rows], level).argmax(1), size)
+        classes = classes.to(x.device)
         return [part if len(part := x[classes == k]) >= least else x for k in range(len(self.shares))]
 
     def noised(self, x_0: Tensor) -> Tensor:

@@ -236,8 +236,21 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
     return model
 
 
+def _settings_of_network(model: Denoiser) -> Any:
+    """Those of a model that was loaded, where it still has the network that they make; else those of a custom one."""
+    made = model.info and model.info.model
+    if made is not None and made.backbone.name != "custom":
+        with torch.device("meta"):
+            blank = build_backbone(made, model.shape, model.schedule.T + 2, model.classes)
+        shapes = [{key: value.shape for key, value in of.state_dict().items()} for of in (blank, model.backbone)]
+        if type(blank) is type(model.backbone) and shapes[0] == shapes[1]:
+            return made.backbone
+    return BACKBONES["custom"](module=type(model.backbone).__name__)
+
+
 def config_of(model: Denoiser) -> ModelConfig:
-    """The configuration of a model made in Python, its network custom; UserError for parts that no setting makes."""
+    """The configuration of a model made in Python, its network custom unless the model was loaded; UserError for parts
+    that no setting makes."""
     if model.backbone is None:
         what = f"{type(model).__name__} has no network of its own"
         raise UserError(f"{what}; train and save the models that it is made of, and make it again from them")
@@ -255,7 +268,7 @@ def config_of(model: Denoiser) -> ModelConfig:
         form = next((key for key, kind in DIAGONAL.items() if type(base.rotation) is kind), form)
     elif isinstance(base, MixtureMarginals):
         components, own = len(base.log_weights), base.class_log_weights is not None
-    parts = {"backbone": BACKBONES["custom"](module=type(model.backbone).__name__)}
+    parts = {"backbone": _settings_of_network(model)}
     fitted = {"gaussian": isinstance(base, FittedBase), "components": components, "shrinkage": 0.0, "form": form}
     kind = "ddm" if model.density is None else "cdm"
     labels = "joint" if getattr(model.backbone, "joint", False) else "input" if model.conditional else "none"

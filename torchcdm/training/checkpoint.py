@@ -258,9 +258,9 @@ class Progress:
 class TrainingState(NamedTuple):
     """What a resumed run starts from: raw and averaged weights, what the optimiser knows of weight k as ``k.name``."""
 
-    model: Mapping[str, Tensor]
-    ema: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
     progress: Progress
 
 
@@ -304,7 +304,8 @@ def load_state(folder: Path) -> TrainingState:
 def restore(
     state: TrainingState, run: RunFolder, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fills weights, their average and the optimiser; UserError where a file of the state is of another network."""
+    """Fills weights, their average and the optimiser from a state, which is empty then. UserError where a file of it
+    is of another network."""
     folder, moments = run.states / f"step-{state.progress.step}", dict[int, dict[str, Tensor]]()
     for key, value in state.optimizer.items():
         k, name = key.split(".")
@@ -313,6 +314,8 @@ def restore(
         _fill(model, state.model, folder / PARTS[0])
         _fill(average, state.ema, folder / PARTS[1])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for part in state[:3]:  # else they stay in memory while their training goes on
+        part.clear()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from torchcdm.annealing.target import in_batches
 from torchcdm.data import DataSource, Split
 from torchcdm.diffusion.schedules import Level
 from torchcdm.likelihood import Scoring, single_pass
@@ -17,7 +18,7 @@ from torchcdm.losses import stratified_levels
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.random import stream
 from torchcdm.runtime.files import without_nan
-from torchcdm.runtime.processes import map_rows, progress_bar
+from torchcdm.runtime.processes import progress_bar
 from torchcdm.runtime.validation import CountOrZero, Float, encode, validated
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform
@@ -35,13 +36,13 @@ class NoisyBatch(NamedTuple):
     eps: Tensor
     y: Tensor | None
 
-    def by_parts(self, function: Callable[[NoisyBatch], Tensor]) -> Tensor:
+    def by_parts(self, model: Denoiser, function: Callable[[NoisyBatch], Tensor]) -> Tensor:
         """``function`` of parts of the batch, (B, ...), on the CPU: all processes share the network, not the noise."""
 
         def one(rows: slice) -> Tensor:
             return function(NoisyBatch(*(None if value is None else value[rows] for value in self)))
 
-        return map_rows(one, len(self.t), dim=self.x_t.shape[1:].numel(), device=self.t.device).cpu()
+        return in_batches(model, self.x_t, one).cpu()
 
 
 def noisy_batches(model: Denoiser, x: Tensor, t: Level, seed: int = 0, y: Labels = None) -> Iterator[NoisyBatch]:
@@ -95,7 +96,7 @@ def level_sums(
 
     batches, total = at_all_levels(model, x, draws, seed, y), -(-len(x) * draws // BATCH)
     for batch in progress_bar(batches, "levels", progress, total=total, delay=1):
-        sums.index_add_(1, batch.t.cpu(), batch.by_parts(errors).T)
+        sums.index_add_(1, batch.t.cpu(), batch.by_parts(model, errors).T)
     return dict(zip(names, sums, strict=True))
 
 

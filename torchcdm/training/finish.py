@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from torchcdm.annealing.ratios import best_constants
+from torchcdm.annealing.target import in_batches
 from torchcdm.compose.sampling import STEPS, Draws, sample
 from torchcdm.data import DataSource
 from torchcdm.data.outputs import save_manifest, save_sheet
@@ -30,7 +31,7 @@ from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.networks.heads import from_zero
-from torchcdm.runtime.processes import labels_of, map_rows, progress_bar
+from torchcdm.runtime.processes import labels_of, progress_bar
 from torchcdm.training.build import choose_base, fit_gaussian
 from torchcdm.training.evaluation import at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
@@ -82,8 +83,9 @@ def calibrate_levels(
     on the halves, before and with the constants of the other half, and what log p_0 has gained at every input, nats.
     """
     draws = -(-max(copies, FEWEST_COPIES * (model.schedule.T + 2)) // len(x))
+    marginal = lambda one: model.conditional_and_marginal(one.x_t, one.y)[1]  # noqa: E731
     parts = [
-        (batch.by_parts(lambda one: model.conditional_and_marginal(one.x_t, one.y)[1]), batch.t.cpu(), batch.rows % 2)
+        (batch.by_parts(model, marginal), batch.t.cpu(), batch.rows % 2)
         for batch in at_all_levels(model, x, draws, seed, y)
     ]
     log_p, t, half = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -210,8 +212,7 @@ def draw(model: Denoiser, n: int, y: Tensor | None, seed: int, **options: Any) -
     def scored(rows: slice) -> Tensor:
         return density.log_prob(found.x[rows].to(device), y=labels_of(y, rows, device)).cpu()
 
-    with torch.no_grad():
-        return found, map_rows(scored, n, dim=found.x.shape[1:].numel(), device=device)
+    return found, in_batches(density, found.x, scored)
 
 
 def sampling_options(model: Denoiser, sampling: SamplingConfig) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason, warn
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
-from torchcdm.runtime.processes import progress_bar
+from torchcdm.runtime.processes import progress_bar, several
 from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training import loop
-from torchcdm.training.build import choose_base, config_of, imported, in_units, plain_model
+from torchcdm.training.build import build_model, choose_base, config_of, imported, in_units, plain_model
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import file_fields, make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -70,8 +70,9 @@ def fit(
         out: Folder of the run; when None nothing is kept and no samples are drawn.
         device: As in :func:`torchcdm.training.loop.train`.
         progress: Shows a progress bar, and what was read off the data.
-        budget: Time of the steps: seconds, or a text such as ``10m``. The preset ``encoder`` fits all else to it, too:
-            the largest network that has enough steps in it; half an hour where neither this nor ``steps`` is given.
+        budget: Time of the steps: seconds, or a text such as ``10m``. The preset ``encoder`` keeps a fifth for the
+            end, and fits all else to it: the largest network that has enough steps in it. It takes half an hour where
+            neither this nor ``steps`` is given.
         resume: Goes on from the last state in ``out``, if there is one; the data and the network are to be the same.
         **overrides: Fields of the training (``steps=2000``, ``lr=1e-3``), or sections with their fields
             (``model={"backbone": {"width": 48}}``).
@@ -84,7 +85,7 @@ def fit(
         >>> model.log_prob(torch.zeros(1, 3))
     """
     source, layers = _prepared("fit", data, labels, preset, overrides, progress)
-    if resume and out is not None and loop.RunFolder(out).holds_run():
+    if resume and out is not None and loop.RunFolder(out).config.exists():
         layers[0] = merge(layers[0], file_fields(loop.RunFolder(out).config))  # a size that was chosen stays
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
     code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
@@ -139,7 +140,7 @@ def train(
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
-    source = replace(source, transform=model.transform)
+    source = replace(source, transform=copy.deepcopy(model.transform).cpu())  # batches are made on the CPU
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
     return trained(config, source, device, progress, out=out, resume=resume, model=model)
 
@@ -209,6 +210,8 @@ def trained(
     if out is None:
         if given.get("resume"):
             raise UserError("resume goes on in the folder of a run; give it as out")
+        if several():
+            raise UserError("several processes train together; give out, a folder that all of them see")
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
@@ -278,18 +281,20 @@ def seconds_of(budget: str | float) -> float:
 
 
 def scales(layers: Sequence[Mapping[str, Any]], budget: str | float | None) -> bool:
-    """Whether the preset of these layers, the last strongest, scales itself: no steps, or a budget, and no network."""
+    """Whether the preset of these layers, the last strongest, scales itself: no steps, or a budget, and no network.
+    Several processes would each measure their own steps."""
     preset, *others = layers
     given = {path for layer in others for path, _ in paths(layer)}
     free = budget is not None or given.isdisjoint(("train.steps", "train.max_seconds"))
-    return preset == preset_fields(SCALED) and free and "model.backbone" not in given
+    return preset == preset_fields(SCALED) and free and "model.backbone" not in given and not several()
 
 
 def with_budget(
     layers: Sequence[Mapping[str, Any]], source: DataSource | None, budget: str | float | None, device: str | None,
     progress: bool = False,
 ) -> Config:  # fmt: skip
-    """The configuration of these layers, the preset first, for a ``budget`` as in :func:`seconds_of`, if there is one.
+    """The configuration of these layers, the preset or a run's own first, for a ``budget`` as in :func:`seconds_of`,
+    if there is one, of which the steps of the preset ``encoder`` have ``TRAINING_SHARE``.
 
     A preset that :func:`scales` does so to ``source``, unless that is None, and says what it chose for ``progress``.
     The network of a ddm is as of :func:`torchcdm.training.build.plain_model`.
@@ -299,12 +304,12 @@ def with_budget(
         config = make_config(*layers)
         return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
 
-    seconds = None if budget is None else seconds_of(budget)
     preset, *given = layers
+    seconds = DEFAULT if budget is None else seconds_of(budget)
+    training = (TRAINING_SHARE if preset.get("preset") == SCALED else 1.0) * seconds
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
-        return made(preset, {} if seconds is None else {"train": {"max_seconds": seconds}}, *given)
-    seconds = seconds or DEFAULT
-    training, asked = TRAINING_SHARE * seconds, made(preset, *given)
+        return made(preset, {} if budget is None else {"train": {"max_seconds": training}}, *given)
+    asked = made(preset, *given)
     source = in_units(source, asked.data)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
     model = choose_base(asked.model, source, asked.data.flip)
@@ -355,9 +360,12 @@ def seconds_a_step(config: Config, source: DataSource | None, device: str | None
             raise TimeoutError
         return times[-1]
 
+    # A blank base density costs as much as one that is fitted.
+    model = None if source is None else build_model(config.model, source.transform, source.classes)
+    config = replace(config, train=endless)
     with tempfile.TemporaryDirectory() as folder, suppress(TimeoutError):
         try:
-            loop.train(replace(config, train=endless), folder, source, device=device, progress=False, clock=clock)
+            loop.train(config, folder, source, device=device, progress=False, clock=clock, model=model)
         except Interrupted as error:
             raise Interrupted(error.number, "stopped by a signal while steps were timed; nothing is kept") from None
     return (times[-1] - times[1]) / (len(times) - 2)

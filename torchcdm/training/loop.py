@@ -92,6 +92,8 @@ def train(
         # The state of torch's own generator is the caller's: steps seed it anew. Those of GPUs are left out, because
         # reading one opens a context on its GPU.
         held.enter_context(torch.random.fork_rng(devices=[]))
+        held.enter_context(torch.inference_mode(False))
+        held.enter_context(torch.enable_grad())
         states = checkpoint.state_folders(run) if resume else []
         if resume and not states and run.model.exists():
             mend = f"choose another folder, with --init {out}"
@@ -327,8 +329,10 @@ class Trainer:
         return outcome
 
     def _report(self, outcome: dict[str, Any] | None) -> None:
+        known = read_json(self.run.report) if self.run.report.exists() else {}
+        measured = known if known.get("steps") == self.step else {}  # of these weights: a resume without a step
         content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
-        write_json(self.run.report, content)
+        write_json(self.run.report, measured | content)
 
     def _share(self) -> float:
         return share_done(self.options, self.step, self.seconds)
