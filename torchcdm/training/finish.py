@@ -128,17 +128,13 @@ def compare(
     begun = deepcopy(model)
     begun.load_state_dict(start)
     compared = {"model": (model, "validation"), "training": (model, "train"), "start": (begun, "validation")}
-    untouched = config.train.init is None and config.model.backbone.name != "custom"
-    is_gaussian = config.model.gaussian and config.model.components == 1 and untouched  # at its start
-    if not (config.model.class_gaussians or is_gaussian):
+    if not config.model.class_gaussians:
         free = replace(config.model, gaussian=True, components=1, shrinkage=None, form=None)
         base = fit_gaussian(choose_base(free, source, config.data.flip), source, config.data.flip)
         nothing = nn.Sequential(nn.Flatten(), from_zero(nn.Linear(source.transform.dim, model.schedule.T + 2)))
         gaussian = ClassificationDiffusion(nothing.requires_grad_(False), base.schedule, model.transform, base)
         compared["gaussian"] = (gaussian.to(model.schedule.alpha.device), "validation")
     values = {name: scored(*pair) for name, pair in progress_bar(compared.items(), "comparing models", progress)}
-    if is_gaussian and not config.model.class_gaussians:
-        values["gaussian"] = values["start"]
     means = {name: float(value.mean()) for name, value in values.items()}
     means["uniform"] = _uniform(source, splits["train"][0], splits["validation"][0])
     unit = "nats" if source.transform.bin is None else "bits/dim"
