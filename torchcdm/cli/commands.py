@@ -167,7 +167,7 @@ def _comparing(command: Callable[..., Parser]) -> None:
     add(parser, "--test", "also test whether the two sets differ, by permutations", bool)
 
     what, example = "mutual information of two tables, row by row", "cdm mi weather.csv sales.csv"
-    parser = command("measuring:mi", what, example, "seed json")
+    parser = command("measuring:mi", what, example, "seed quiet json")
     for name in ("x", "y"):
         add(parser, f"{name} {name.upper()}", "a table, an array, or a SPEC")
     add(parser, "--device D", "cpu, cuda, cuda:1; cpu by default, as the networks are small")

@@ -108,5 +108,6 @@ def ratio(options: argparse.Namespace) -> None:
 
 def mi(options: argparse.Namespace) -> None:
     """Says what the rows of one table tell of those of the other, and how far to trust it."""
-    found = mutual_information(options.x, options.y, options.seed, device=options.device, **given(steps=options.steps))
+    how = given(steps=options.steps) | {"device": options.device, "progress": not options.quiet}
+    found = mutual_information(options.x, options.y, options.seed, **how)
     tell(options.json, found.text("mutual information"), asdict(found))

@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from torch.nn.functional import silu
 
 from torchcdm.random import derive, evenly_spaced, stream
-from torchcdm.runtime.processes import map_rows
+from torchcdm.runtime.processes import map_rows, progress_bar
 
 MEMBERS, WIDTH, LAYERS = 4, 64, 3  # of the committee
 STEPS, BATCH, EVERY = 1500, 256, 100  # most steps of AdamW, samples of each, and steps from one check to the next
@@ -66,7 +66,7 @@ class Networks(nn.Module):
 
 def train(
     networks: nn.Module, losses: Callable[[Tensor], Tensor], rows: int, draw: Generator, steps: int, rate: float,
-    decay: float, until: float,
+    decay: float, until: float, progress: bool = False,
 ) -> None:  # fmt: skip
     """Trains all members at once, each on all folds of the ``rows``, so many, but its own.
 
@@ -74,7 +74,7 @@ def train(
     nothing and an average over it is that of rows that were not seen. The ``losses`` of each member on its rows
     (members, B), (members,), depend on ``networks``, whose parameters begin with the members. At most ``steps`` of
     AdamW with the largest ``rate`` and the weight ``decay`` of all but biases, and none after the second ``until`` of
-    ``time.monotonic``; ``draw`` is the generator of the batches.
+    ``time.monotonic``; ``draw`` is the generator of the batches, and ``progress`` shows a bar.
     """
     fold = folds(rows)
     seen = [(fold != member).nonzero()[:, 0] for member in range(MEMBERS)]
@@ -93,7 +93,7 @@ def train(
         return (own.sum() - own) / (MEMBERS - 1)
 
     least, best = of_others(), [parameter.detach().clone() for parameter in named.values()]
-    for step in range(1, steps + 1):
+    for step in progress_bar(range(1, steps + 1), "classifiers", progress):
         batch = torch.stack([part[torch.randint(len(part), (BATCH,), generator=draw)] for part in seen])
         optimizer.zero_grad()
         losses(batch).sum().backward()
@@ -171,7 +171,9 @@ class Classifiers(nn.Module):
         return self.committee(x.clamp(self.low, self.high))[..., 0]
 
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = np.inf) -> Classifiers:
+    def fit(
+        cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = np.inf, progress: bool = False
+    ) -> Classifiers:
         """Of rows (N, d) and their sources (N,), none of them a copy; ``steps`` are those of the ratio's network."""
         order = torch.randperm(len(x), generator=stream(seed, "classifiers"))
         if len(x) > MOST_ROWS:  # all of a source that is rare
@@ -188,7 +190,7 @@ class Classifiers(nn.Module):
             """Both sources as frequent."""
             return cross_entropy(fitted._members(x[rows]), y[rows].float(), weights[rows], reduction="none").mean(1)
 
-        train(fitted.committee, losses, len(x), draw, min(STEPS, 5 * steps // 2), RATE, DECAY, until)
+        train(fitted.committee, losses, len(x), draw, min(STEPS, 5 * steps // 2), RATE, DECAY, until, progress)
         for name, tensor in grown(x, y, seed, until).items():
             setattr(fitted, name, tensor)
         return fitted.requires_grad_(False)

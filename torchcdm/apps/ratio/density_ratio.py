@@ -168,7 +168,8 @@ class DensityRatio:
         self._classifiers, self.blend, network = None, {}, True
         if pair.warp is not None:
             steps, until = config.train.steps, began + limit / 2
-            self._classifiers = Classifiers.fit(*_once(pair, "train"), steps, self.random_state, until)
+            rows, labels = _once(pair, "train")
+            self._classifiers = Classifiers.fit(rows, labels, steps, self.random_state, until, self.progress)
             sides = [self._classifiers(part).numpy() for part in held_out]
             losses = [checks.log_loss(up, down) for up, down in zip(*(side.T for side in sides), strict=True)]
             asked = bool(self.preset or self.overrides.keys() - {"data", "max_seconds"})

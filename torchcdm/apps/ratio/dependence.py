@@ -148,7 +148,7 @@ class Towers(nn.Module):
         return torch.cat([f, one], -1), torch.cat([g[..., :-1], one, g[..., -1:]], -1)
 
 
-def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[LogRatio]:
+def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float, progress: bool) -> list[LogRatio]:
     """The log ratio of each member, after training on (members, N, a) and (members, N, b)."""
     networks = Towers((x.shape[-1], y.shape[-1]), seed).to(x.device)
     member = torch.arange(MEMBERS)[:, None]
@@ -161,7 +161,7 @@ def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float) -> list[Lo
         strangers = softplus(table).sum((1, 2)) - softplus(own).sum(1)
         return 0.5 * (softplus(-own).mean(1) + strangers / (own.shape[1] * (own.shape[1] - 1)))
 
-    train(networks, losses, x.shape[1], stream(seed, "towers", 1), steps, RATE, DECAY, until)
+    train(networks, losses, x.shape[1], stream(seed, "towers", 1), steps, RATE, DECAY, until, progress)
 
     @torch.no_grad()
     def of_rows(rows: slice) -> tuple[Tensor, ...]:
@@ -193,13 +193,14 @@ def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed:
 
 
 def estimates(
-    x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = np.inf, device: str | torch.device = "cpu"
+    x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = np.inf, device: str | torch.device = "cpu",
+    progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log ratios by Gaussians, by Gaussians of bent variates, by networks and by trees: at pairs, and at strangers.
 
     Of two sides, (N, a) and (N, b), row by row, no column constant. Gives (N, 4) and (2 N, 4), in the order of the
     folds. Training has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the
-    ``device`` is that of the networks.
+    ``device`` is that of the networks; ``progress`` shows a bar.
     """
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
@@ -213,7 +214,7 @@ def estimates(
         variates = [np.pad(one[side], ((0, 0), (0, most - one.correlations.size))) for one in bent]
         member_inputs = np.stack([np.hstack([few, own]) for own in variates])
         inputs.append(torch.from_numpy(member_inputs).float().to(device))
-    networks = towers(*inputs, steps, seed, until)
+    networks = towers(*inputs, steps, seed, until, progress)
     at_pairs, at_strangers = [], []
     for k, rows in enumerate(seen):
         own = np.flatnonzero(fold == k)

@@ -110,7 +110,7 @@ def divergence(kind: str, numerator: np.ndarray, denominator: np.ndarray) -> Est
 @checked
 def mutual_information(
     x: Any, y: Any, random_state: Seed = 0, steps: Count = STEPS, max_seconds: Positive | None = None,
-    device: str | None = None,
+    device: str | None = None, progress: bool = False,
 ) -> Estimate:  # fmt: skip
     """I(X; Y) = KL(p(x, y), p(x) p(y)) of paired rows, nats: the mean log ratio of pairs over strangers.
 
@@ -125,6 +125,7 @@ def mutual_information(
         steps: Most training steps of the networks.
         max_seconds: Training stops after so much time.
         device: ``cpu``, ``cuda``, ``cuda:1``; the CPU when None, as the networks are small.
+        progress: Shows a progress bar.
 
     Example:
         >>> information = mutual_information(x, y)
@@ -146,7 +147,8 @@ def mutual_information(
     kept = np.sort(np.unique(np.hstack(codes), axis=0, return_index=True)[1])
     if len(kept) < MIN_ROWS:
         raise UserError(f"x and y: too few samples without copies, {len(kept)}; at least {MIN_ROWS} are needed")
-    found = estimates(*(code[kept] for code in codes), steps, random_state, until, chosen_device(device or "cpu"))
+    left = [code[kept] for code in codes]
+    found = estimates(*left, steps, random_state, until, chosen_device(device or "cpu"), progress)
     # The first estimate of independent sides is 0, a sum of several hardly ever.
     weights = np.array(blend(*found, proven=True))
     return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
