@@ -148,7 +148,7 @@ class Towers(nn.Module):
         return torch.cat([f, one], -1), torch.cat([g[..., :-1], one, g[..., -1:]], -1)
 
 
-def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float, progress: bool) -> list[LogRatio]:
+def towers(x: Tensor, y: Tensor, steps: int, seed: int, until: float, progress: bool = False) -> list[LogRatio]:
     """The log ratio of each member, after training on (members, N, a) and (members, N, b)."""
     networks = Towers((x.shape[-1], y.shape[-1]), seed).to(x.device)
     member = torch.arange(MEMBERS)[:, None]
