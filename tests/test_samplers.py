@@ -29,6 +29,7 @@ from torchcdm.samplers import (
     adaptive_levels,
     make_sampler,
 )
+from torchcdm.training.checkpoint import load
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
 every_schedule = pytest.mark.parametrize("schedule_name", SCHEDULES)
@@ -383,6 +384,10 @@ def test_unipc_in_log_r_is_the_published_one():
         eps = (corrected - alpha * scheduler.model_outputs[-1]) / sigma
         history = ((t, Prediction(corrected, alpha, sigma, eps)), *history)[:3]
     assert len(history) == 3
+
+
+def test_half_precision_holds_the_integrals_of_steps_at_little_noise():
+    assert load("zoo:digits").half().sample(2, steps=10).isfinite().all()
 
 
 # --- where the steps are -------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchcdm import compose as compose
     from torchcdm import estimators as estimators
     from torchcdm import likelihood as likelihood
+    from torchcdm import samplers as samplers
     from torchcdm.apps.ratio import DensityRatio as DensityRatio
     from torchcdm.apps.ratio import mutual_information as mutual_information
     from torchcdm.apps.ratio import two_sample_test as two_sample_test
@@ -38,8 +39,8 @@ _HOMES = {
     "ClassificationDiffusion": "models.cdm", "Denoiser": "models.denoiser", "DenoisingDiffusion": "models.denoiser",
     "DensityModel": "models.density", "DensityRatio": "apps.ratio", "UserError": "errors", "compose": "compose",
     "estimators": "estimators", "fit": "training.fit", "likelihood": "likelihood", "load": "training.checkpoint",
-    "mutual_information": "apps.ratio", "push": "bridges.hub", "sample": "compose", "save": "training.checkpoint",
-    "train": "training.fit", "two_sample_test": "apps.ratio",
+    "mutual_information": "apps.ratio", "push": "bridges.hub", "sample": "compose", "samplers": "samplers",
+    "save": "training.checkpoint", "train": "training.fit", "two_sample_test": "apps.ratio",
 }  # fmt: skip
 """The module that each public name is, or is of."""
 

@@ -272,19 +272,22 @@ class SASolver(Sampler):
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
         visited = ((t, now), *step.previous)[: self.memory + 1]
-        data = float(r[s]) ** (1 + self.eta) * _integral(step, visited, t, s, self.time, -1 - self.eta)
+        data = _integral(step, visited, t, s, self.time, -1 - self.eta, float(r[s]) ** (1 + self.eta))
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 
-def _integral(step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Time, power: float) -> Tensor:
+def _integral(
+    step: Step, visited: tuple[Visited, ...], t: int, s: int, time: Time, power: float, scale: float = 1.0
+) -> Tensor:
     """The integral from level t to s, over r to the ``power``, of the polynomial in ``time`` of r through what was
     ``visited``, eps (power 1) or x_0 (below 0), shape of x; by Gauss-Legendre quadrature over log r, all but exact.
+    Times the ``scale``: half precision does not hold the integral where r is small.
     """
     ratio = step.denoiser.schedule.ratio
     start, end = ratio[[t, s]].double().cpu().log()
     nodes, weights = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(24))
     r = ((start + end) / 2 + nodes * (end - start) / 2).exp()
-    weights = weights * (end - start) / 2 * power * r**power
+    weights = scale * weights * (end - start) / 2 * power * r**power
     at, known, total = time(r), time(ratio[[level for level, _ in visited]].double().cpu()), 0.0
     for j, (_, prediction) in enumerate(visited):
         polynomial = math.prod((at - other) / (known[j] - other) for k, other in enumerate(known) if k != j)

@@ -11,7 +11,8 @@ from torchcdm.apps.denoising import denoise, denoise_all, estimate_noise, neares
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.networks.mlp import MLP
+from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.units import DataTransform
 
 T, DIM, N = 200, 48, 60
@@ -123,6 +124,14 @@ def test_inputs_of_any_precision():
     assert torch.allclose(single[1], double[1], rtol=1e-3) and torch.allclose(single[0], double[0], atol=1e-4)
     single, double = (denoise(model, x, noise_std=1.0)[0] for x in (noisy.float(), noisy))
     assert torch.allclose(single, double, atol=1e-5) and double.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [ClassificationDiffusion, DenoisingDiffusion])
+def test_denoising_is_that_of_evaluation_mode_and_keeps_no_graph(kind):
+    network = MLP(3, levels=T + 2, width=16, dropout=0.5) if kind is ClassificationDiffusion else DDMMLP(3, 16, 2, 0.5)
+    model = kind(network, LogSNRSchedule(T), DataTransform((3,))).train()
+    first, second = (denoise(model, normal(4, 3), level=5)[0] for _ in range(2))
+    assert torch.equal(first, second) and not first.requires_grad and model.training
 
 
 def test_a_level_is_the_noise_of_that_level():

@@ -86,7 +86,8 @@ def test_paths_of_the_machine_are_not_uploaded(tmp_path, monkeypatch):
     assert json.loads(sent["config.json"])["data"]["spec"] == "table:people.csv"
     assert not any(str(tmp_path).encode() in content for content in sent.values())
     specs = {f"fashion-mnist:{tmp_path}/idx": "fashion-mnist:idx", f"cifar10:{tmp_path}/bin": "cifar10:bin",
-             f"hf:{tmp_path}/saved": "hf:saved", "hf:ylecun/mnist": "hf:ylecun/mnist", "digits": "digits"}  # fmt: skip
+             f"hf:{tmp_path}/saved": "hf:saved", "hf:ylecun/mnist": "hf:ylecun/mnist", "digits": "digits",
+             "hf:../mine/faces": "hf:faces", "table:C:\\mine\\cars.csv": "table:cars.csv"}  # fmt: skip
     for spec, told in specs.items():
         model.info = replace(model.info, data=replace(model.info.data, spec=spec))
         push(model, "me/people")
@@ -134,7 +135,7 @@ def test_what_is_wrong_is_one_line(monkeypatch):
 def test_the_card_of_a_model_without_a_report():
     model = torchcdm.load("zoo:two-moons")
     card = model_card("me/moons", model.info, 5)
-    assert "licence of the data is not recorded" in card
+    assert "licence of the data is not recorded" in card and "license:" not in card, "which is its owner's choice"
     assert "## Numbers" not in card
 
 

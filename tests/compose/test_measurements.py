@@ -32,6 +32,16 @@ def test_the_posterior_of_a_gaussian():
     spread = (weights[:, None] * centred).T @ centred
     assert torch.allclose(spread, covariance - gain[:, None] * covariance[0], atol=0.1)
     assert found.ess > 0.3 * 2048
+    marginal = torch.distributions.Normal(base.mean[0].double(), (covariance[0, 0] + std**2).sqrt())
+    assert found.log_z.value == pytest.approx(float(marginal.log_prob(y)), abs=0.1)
+
+
+def test_measurements_of_each_sample_and_masks_of_truth_values():
+    model = gaussian()[0]
+    with pytest.raises(UserError, match=r"2 sample\(s\) measure as \(1, 1\)"):
+        compose.posterior(model, lambda x: x.mean(0)[None, :1], [0.3], 0.5)
+    with pytest.raises(UserError, match="mask: gives other numbers than 0 and 1"):
+        compose.mask([0, 2])
 
 
 def test_the_posterior_of_a_mixture_has_its_modes():
@@ -70,11 +80,11 @@ def test_squares_that_do_not_fit_are_refused(shape):
 
 
 @pytest.mark.parametrize("y, std, message", [
-    (torch.zeros(2), 0.5, "a sample measures as"),
+    (torch.zeros(2), 0.5, r"1 sample\(s\) measure as \(1, 1\), and y has shape \(2,\)"),
     (torch.zeros(1), 1e-4, "give at least as much"),
     (torch.zeros(1), math.nan, "noise_std is nan"),
     (torch.zeros(1), math.inf, "noise_std is inf"),
-    ([1.0, 2.0], 0.5, "a sample measures as"),
+    ([1.0, 2.0], 0.5, r"\(1, 2\) is needed"),
     (["x"], 0.5, "posterior: y: not an array of numbers"),
 ])  # fmt: skip
 def test_measurements_that_are_refused(y, std, message):
@@ -145,7 +155,7 @@ def test_grey_levels_that_are_rare_are_measured(bright):
     mean, variances = model.base.moments(1)
     z = mean + model.base.rotation.inverse(normal(400_000, 6, seed=6) * variances.sqrt())
     x = model.transform.inverse(z / SCHEDULE.alpha[1]).flatten(1)
-    log_w = -0.5 * ((x[:, :3] - y) / 0.5).square().sum(1) - 3 * math.log(0.5)
+    log_w = torch.distributions.Normal(y, 0.5).log_prob(x[:, :3]).sum(1)
     truth = (log_w.softmax(0) @ x)[3:]
     assert found.log_z.value == pytest.approx(float(log_w.logsumexp(0)) - math.log(400_000), abs=0.5)
     assert torch.allclose(found.mean().flatten()[3:].double(), truth, atol=0.35)

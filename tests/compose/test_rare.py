@@ -59,6 +59,12 @@ def test_common_events_and_composed_densities():
     assert pushed.value == pytest.approx(0.5 * math.erfc(-2 * spread / math.sqrt(2 * spread)), abs=0.1)
 
 
+def test_an_event_of_another_shape_is_refused_before_the_work(monkeypatch):
+    monkeypatch.setattr("torchcdm.compose.rare.climb", None)
+    with pytest.raises(UserError, match="one number a sample"):
+        compose.probability(exact(FAR), lambda x: x, 1.0)
+
+
 @pytest.mark.parametrize("event, threshold, options, message", [
     (lambda x: x, 1.0, {}, "one number a sample"),
     (lambda x: torch.zeros(len(x)), 1.0, {}, "no particle is above 0"),

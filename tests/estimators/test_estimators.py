@@ -106,6 +106,15 @@ def test_the_flow_of_a_gaussian_is_that_gaussian_blurred_by_the_first_level():
         density.set_params(likelihood="flo").score_samples(frame)
 
 
+def test_the_flow_of_a_row_is_its_own_wherever_it_stands():
+    z = np.random.RandomState(0).normal(size=(200, 20))
+    z[:, 1::2] = z[:, ::2] ** 2 + 0.2 * z[:, 1::2]
+    density = CDMDensity(steps=20, width=16, components=1, random_state=0, likelihood="flow", device="cpu").fit(z)
+    few = density.score_samples(z[:6])
+    assert np.allclose(density.score_samples(z[:6][::-1])[::-1], few, atol=1e-6)
+    assert np.allclose(density.score_samples(z[:3]), few[:3], atol=1e-6) and len(set(few)) == 6
+
+
 @pytest.mark.slow
 def test_skewed_and_discrete_columns_are_brought_near_a_normal_first():
     # Three values, and a log-normal column whose mean depends on them: standardised alone, 0.3 nats are lost.

@@ -376,6 +376,12 @@ def test_mistakes_are_named():
         model.log_prob(normal(2, 3))
     with pytest.raises(UserError, match="joint head"):
         model.class_log_prob_levels(normal(2, 2))
+    network = MLP(2, T + 2, width=4, depth=1, classes=2, joint=True)
+    for prior in ([1.0], [1.0, 2.0, 3.0], [-1.0, 2.0], [0.0, 0.0]):
+        with pytest.raises(UserError, match="class_prior: 2 numbers are needed, none negative"):
+            ClassificationDiffusion(network, UniformSigmaSchedule(T), class_prior=torch.tensor(prior))
+    with pytest.raises(UserError, match="distribution: no option 'seed'"):
+        model.distribution(seed=3)
     for kind in (ClassificationDiffusion, DenoisingDiffusion):
         with pytest.raises(UserError, match="schedule is of type MLP; give the network, then a NoiseSchedule"):
             kind(UniformSigmaSchedule(T), MLP(2, T + 2))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchcdm.data.source import places_of
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
-from torchcdm.models.denoiser import Denoiser, working_dtype
+from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.models.inputs import as_numbers
 from torchcdm.runtime.processes import progress_bar
@@ -53,7 +53,8 @@ def estimate_noise(model: DensityModel, z: Tensor) -> tuple[Tensor, Tensor]:
         """One forward pass for each column of ``levels``, long (B, k)."""
         for t in levels.unbind(1):
             alpha_t, _ = schedule.at(t, z)
-            log_p = model.log_prob_levels(alpha_t * z).gather(1, t[:, None])
+            with evaluation_mode(model):
+                log_p = model.log_prob_levels(alpha_t * z).gather(1, t[:, None])
             scores.scatter_(1, t[:, None], log_p + d * schedule.alpha[t, None].log())
 
     even = torch.linspace(float(log_r[1]), float(log_r[T]), min(COARSE, T), dtype=torch.float64)
@@ -118,7 +119,8 @@ def denoise(
     else:
         ratio, _ = estimate_noise(require_density(model, "estimating the noise"), z)
     t = nearest_level(model.schedule, ratio)
-    clean = model.denoise(model.schedule.at(t, z)[0] * z, t).x0
+    with evaluation_mode(model), torch.no_grad():
+        clean = model.denoise(model.schedule.at(t, z)[0] * z, t).x0
     if not bool(clean.isfinite().all()):
         raise UserError("denoised values are not finite: those of the data are far beyond the training data's")
     return transform.inverse(clean), ratio
@@ -159,7 +161,7 @@ def _by_tiles(model: Denoiser, noisy: Tensor, level: int | None, noise_std: floa
     clean = torch.cat([denoise(model, part, level)[0].cpu() for part in tiles.split(BATCH)])
     rise, fall = (torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() for side in (height, width))
     weight = rise[:, None] * fall
-    total, weights = torch.zeros(noisy.shape), torch.zeros(noisy.shape[1:])
+    total, weights = torch.zeros(noisy.shape, dtype=clean.dtype), torch.zeros(noisy.shape[1:])
     for (top, left), tile in zip(places, clean, strict=True):
         total[:, top : top + height, left : left + width] += weight * tile
         weights[top : top + height, left : left + width] += weight

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath  # the latter knows the separators of both
 from typing import Any
 
 from torchcdm.errors import UserError, needed, reason
@@ -51,10 +52,11 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False) -
         model = load(model)
     info = model.info or info_of(model)
     kind, colon, place = (info.data.spec or "").partition(":")
-    if kind and (kind != "hf" or Path(place).is_absolute()):  # others of hf are names on the Hub
-        info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{Path(place).name}"))
+    local = place.startswith((".", "~")) or PureWindowsPath(place).anchor or os.path.exists(place)
+    if kind and (kind != "hf" or local):  # others of hf are names on the Hub
+        info = replace(info, data=replace(info.data, spec=f"{kind}{colon}{PureWindowsPath(place).name}"))
     if code := getattr(info.model.backbone, "code", None):
-        network = replace(info.model.backbone, code=Path(code).name)
+        network = replace(info.model.backbone, code=PureWindowsPath(code).name)
         info = replace(info, model=replace(info.model, backbone=network))
     weights = sum(part.numel() for part in model.parameters())
     text = card or model_card(repository, info, weights, report=report, use=f"hub:{repository}")
@@ -76,7 +78,7 @@ def push(model: str | Path | Denoiser, repository: str, private: bool = False) -
 
 def model_card(
     title: str, info: ModelInfo, parameters: int, description: str = "", data: str = "",
-    report: Mapping[str, Any] | None = None, limits: Sequence[str] = (), use: str = "zoo:NAME",
+    report: Mapping[str, Any] | None = None, limits: Sequence[str] = (), use: str = "hub:OWNER/NAME",
 ) -> str:  # fmt: skip
     """The card of a model called ``title`` as Markdown with a head of fields.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -24,7 +25,7 @@ class PyodDetector(BaseDetector):
     """
 
     def __init__(self, detector: CDMOutlierDetector, contamination: float = 0.1) -> None:
-        super().__init__(contamination)
+        super().__init__(float(contamination) if isinstance(contamination, Real) else contamination)
         self.detector = detector
 
     def fit(self, X: Any, y: Any = None) -> PyodDetector:

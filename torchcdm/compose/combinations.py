@@ -195,7 +195,7 @@ def tempered(model: Denoiser, beta: Exponent) -> Combination:
 
     p is the density in model units: of Gaussianised grey levels and bent columns it is not that of the data.
     """
-    return Combination([(require_density(model, "compose"), None)], torch.tensor([beta]))
+    return Combination([(require_density(model, "compose"), None)], torch.tensor([beta], dtype=torch.float64))
 
 
 def _narrowed(model: DensityModel, share: float) -> GaussianMarginals:

@@ -43,7 +43,7 @@ class Probability:
     """An estimate of P(f(x) > threshold), and the ends of its 95 % interval, of a log-normal distribution.
 
     Attributes:
-        evaluations: Evaluations of the model, one a point.
+        evaluations: Evaluations of the model, one a point, but for those that measure the proposals.
         thresholds: The ladder that was climbed.
         families: Effective number of first particles that the last ones descend from.
         x: Samples where the event happens, (m, *shape), data units, on the CPU. They are not independent.
@@ -102,6 +102,7 @@ def probability(
             raise UserError("probability: the event's values are not numbers (nan)")
         return values
 
+    values_of(target.reference.draw((2, *target.shape), stream(0, "event")).double())  # mistakes, before the long work
     with evaluation_mode(model):
         kernels = Kernels.of_target(target, seed)
         found = climb(target, kernels, values_of, threshold, n, stream(seed, "splitting"), moves, progress)

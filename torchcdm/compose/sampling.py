@@ -106,7 +106,8 @@ def sample(
 
     By default 25 steps: of images a stochastic Adams solver (``sa2``), of vectors DPM-Solver++ (``dpm++``), of a
     composed density the reverse chain (``ddpm``) with a move that is accepted or rejected after each. Exactly
-    ``steps`` levels are visited, level T first; level 0 is reached last. Sample i depends on ``seed`` and i, not on
+    ``steps`` levels are visited, level T first, where steps are placed and the model keeps coarse data a lower one;
+    level 0 is reached last. Sample i depends on ``seed`` and i, not on
     batch size or device; placed steps and moves also on which classes are asked for. UserError for a request that
     makes no sense, such as more steps than T, labels of an unconditional model, or no known shape; for a model without
     a density; for weights that vanish everywhere.
@@ -127,7 +128,7 @@ def sample(
             :func:`torchcdm.samplers.adaptive_levels`, where deterministic samplers of images read the level off x
             (:class:`torchcdm.models.density.LevelReader`). When None, what suits the sampler. Steps of particles that
             are ``adaptive`` are as long as their weights allow, often a tenth of the levels.
-        shape: Event shape, for a model that does not know its own.
+        shape: Event shape, for a model that does not know its own; not for particles.
         units: ``data``: images not rounded to grey levels, columns rounded where they have few values, a table as a
             data frame. ``codes``: the numbers of a table, not rounded. ``model``: model units.
         corrector: Accepted Langevin moves after each step, an evaluation each. When None, 1 of particles and, unless a
@@ -241,7 +242,7 @@ def sample_noise(
     seed: int, samples: Sequence[int], shape: Sequence[int], draws: int, dtype: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """``draws`` standard normal batches (len(samples), *shape) on the CPU, one random stream for each sample. Row k
-    depends on ``seed`` and ``samples[k]`` alone, whatever else is in the batch."""
+    depends on ``seed``, ``samples[k]`` and ``draws`` alone, whatever else is in the batch."""
     generators = [stream(seed, "sample", i) for i in samples]
     # A block of draws at once: for small events a call for each draw would take longer than the network.
     block = min(draws, max(1, 2**12 // math.prod(shape)))

@@ -122,9 +122,9 @@ def tilted(model: Denoiser, reward: Map) -> Tilted:
 
     Args:
         model: The density, or a composed one; UserError for a model without.
-        reward: R, nats (B,) of samples in data units (B, *shape), on the model's device; UserError for another shape,
-            or one that is finite at none of some draws. Bounds are where it is -inf: with a large negative number
-            instead log Z is too low. Without a derivative it weighs and accepts, and proposes nothing.
+        reward: R, nats (B,) of samples in data units (B, *shape), float64, on the model's device; UserError for
+            another shape, or one that is finite at none of some draws. Bounds are where it is -inf: with a large
+            negative number instead log Z is too low. Without a derivative it weighs and accepts, and proposes nothing.
 
     Example:
         >>> heavy = torchcdm.compose.tilted(model, lambda x: x.flatten(1).sum(1) / 50)
@@ -149,7 +149,8 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
 
     Args:
         model: The density, or a composed one.
-        measurement: A, differentiable, of samples in data units (B, *shape) to (B, *m), such as :func:`mask` makes.
+        measurement: A, differentiable, of samples in data units (B, *shape), float64, to (B, *m), such as :func:`mask`
+            makes, each by itself.
         y: What was measured, (*m), data units.
         noise_std: s, data units, at least the noise of level 1. None: not known, of prior 1 / s above that.
     """
@@ -157,10 +158,12 @@ def posterior(model: Denoiser, measurement: Map, y: Tensor, noise_std: float | N
     reference, schedule, of = reference_gaussian(dense), dense.schedule, of_data(dense, lambda x: x)
     y = as_numbers(as_tensor(y, "posterior: y", schedule.alpha.device)[None], schedule.alpha.device).double()[0]
     mean = reference.mean.to(y.device)
-    found = measurement(of(mean[None]))
-    if found.shape[1:] != y.shape:
-        raise UserError(f"posterior: a sample measures as {tuple(found.shape[1:])}, and y has shape {tuple(y.shape)}")
-    d, m = mean.numel(), found.numel()
+    for count in (1, 2):
+        found = measurement(of(mean.expand(count, *mean.shape)))
+        if tuple(found.shape) != (count, *y.shape):
+            what = f"{count} sample(s) measure as {tuple(found.shape)}, and y has shape {tuple(y.shape)}"
+            raise UserError(f"posterior: {what}; {(count, *y.shape)} is needed")
+    d, m = mean.numel(), y.numel()
     if max(m, d) > LARGEST_MATRIX:
         raise UserError(f"posterior: {d} numbers a sample and {m} measured; up to {LARGEST_MATRIX} are possible")
     draws = reference.draw((DRAWS_LINEARISED, *mean.shape), stream(0, "linearise")).to(mean).requires_grad_()
@@ -220,7 +223,8 @@ def _gaussian(
         diagonal += std**2
         factor = torch.linalg.cholesky(covariance)
         z = torch.linalg.solve_triangular(factor, rest.T[None] if straight else rest[..., None], upper=False)
-        return -0.5 * z.square().sum(1).flatten() - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_scale = factor.diagonal(dim1=1, dim2=2).log().sum(1) + m / 2 * math.log(2 * math.pi)
+        return -0.5 * z.square().sum(1).flatten() - log_scale
 
     def known(x0: Tensor, t: Tensor) -> Tensor:
         value = x0.new_zeros(len(x0))
@@ -234,7 +238,10 @@ def _gaussian(
 
 def mask(kept: Tensor) -> Map:
     """The pixels or columns where ``kept``, boolean of a sample's shape or one that broadcasts to it: (B, m)."""
-    known = as_tensor(kept, "mask", torch.device("cpu")).bool()
+    known = as_tensor(kept, "mask", torch.device("cpu"))
+    if known.dtype != torch.bool and not bool(((known == 0) | (known == 1)).all()):
+        raise UserError("mask: gives other numbers than 0 and 1; it says of every pixel or column whether it is kept")
+    known = known.bool()
 
     def measure(x: Tensor) -> Tensor:
         try:
@@ -264,10 +271,10 @@ def blur(std: Annotated[Float, Ge(0.05), Le(100)]) -> Map:
 
 @checked
 def downsampling(factor: Count) -> Map:
-    """Images (B, C, H, W) averaged over squares of ``factor`` pixels."""
+    """Images (B, C, H, W) averaged over squares of ``factor`` pixels, into which their sides divide."""
 
     def measure(x: Tensor) -> Tensor:
-        if x.ndim != 4 or factor > min(x.shape[2:]):
+        if x.ndim != 4 or any(side % factor for side in x.shape[2:]):
             raise UserError(f"downsampling: squares of {factor} pixels do not fit into samples {tuple(x.shape[1:])}")
         return nn.functional.avg_pool2d(x, factor)
 

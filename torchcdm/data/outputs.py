@@ -52,6 +52,8 @@ def save_images(
     deep = grey and transform is not None and transform.low == 0 and 255 < (transform.high or 0) <= 65535
     values = _stored(x, transform) if many or deep else to_bytes(x, transform).numpy()
     names = [f"{i:06d}" for i in range(len(x))] if names is None else names
+    if len(names) != len(x):
+        raise UserError(f"{folder}: {len(names)} names for {len(x)} images; give one each")
     paths = [Path(folder) / f"{name}{'.npy' if many else '.png'}" for name in names]
     for path, image in zip(paths, values, strict=True):
         with written(path, flush=False) as file:
@@ -73,6 +75,8 @@ def save_grid(x: Tensor, path: str | Path, transform: DataTransform | None = Non
     """
     if not len(x):
         raise UserError(f"{path}: there are no images to show")
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"{path}: a grid is a PNG; end its name with .png")
     write_file(Path(path), png(sheet(to_bytes(x, transform), columns)))
     return Path(path)
 

@@ -110,7 +110,7 @@ class FlowSolver:
 
         The probes of a sample are those of its ``index``, 0 ... N - 1 when None.
         """
-        self.denoiser.check_inputs(x_t, self.levels[0], y, data=True)
+        y = self.denoiser.check_inputs(x_t, self.levels[0], y, data=True)
         index = range(len(x_t)) if index is None else index
 
         def follow(rows: slice) -> tuple[Tensor, ...]:

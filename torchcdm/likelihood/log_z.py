@@ -257,6 +257,8 @@ def log_normalizer(
         raise UserError("y is given, but a restricted density is one of all classes; leave y out")
     if restricted and usual is None:
         raise UserError("a restricted density is one like data: give some")
+    if restricted and len(usual) < 2:
+        raise UserError("a restricted density is one like data: give two samples at least")
     target = ModelTarget(model, y, scoring.batch_size)
     kernels = kernels or Kernels.of_target(target, scoring.seed)
     by_class, first = restricted and model.joint, -RUNGS if restricted and scoring.level is None else 0

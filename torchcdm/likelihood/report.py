@@ -119,7 +119,7 @@ class NLLReport:
             "rows": [without_nan(row._asdict()) for row in self.rows],
             "log2_z_per_dim": self.log_z and self.log_z.to_json(),
             "log2_z_per_dim_check": self.log_z and self.log_z.check and self.log_z.check.to_json(),
-            "gap_to_flow": self.gap and {"mean": self.gap.mean, "sd": self.gap.sd, "level": self.gap.level},
+            "gap_to_flow": self.gap and without_nan({key: getattr(self.gap, key) for key in ("mean", "sd", "level")}),
             "believe": self.believe, "why": self.why,
         }  # fmt: skip
 
@@ -185,6 +185,9 @@ def report(
     if lacking:
         raise UserError(f"{' and '.join(lacking)}: a ddm has no density in one pass; its methods are elbo and flow")
     x, y = as_data(model, x, y, scoring)
+    usual = x if training is None else as_data(model, training, None, scoring)[0]
+    if "logz" in methods and y is None and model.joint and len(usual) < 2:
+        raise UserError("log Z of a model with classes takes two samples at least, which say what is usual; give more")
     level, transform, asked = scoring.level_of(model), model.transform, scoring
     scoring, at_zero = replace(scoring, level=level), replace(scoring, level=0)
     if log_z is not None and (y is not None or (log_z.restricted is None and log_z.level != level)):

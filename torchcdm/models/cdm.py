@@ -35,7 +35,7 @@ class ClassificationDiffusion(Float64Module, DensityModel):
         schedule: The noise schedule, T + 2 levels.
         transform: Data units to model units; None where the caller works in model units.
         gaussian: The base density; the standard normal when None.
-        class_prior: p(y) of a joint backbone, (classes,); uniform when None.
+        class_prior: p(y) of a joint backbone, (classes,), or frequencies; uniform when None. UserError for others.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)
@@ -54,7 +54,10 @@ class ClassificationDiffusion(Float64Module, DensityModel):
         super().__init__(schedule, transform, backbone, StandardNormal(schedule) if gaussian is None else gaussian)
         self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
         if self.joint:
-            prior = torch.ones(self.classes or 1) if class_prior is None else class_prior
+            prior = torch.ones(self.classes or 1) if class_prior is None else torch.as_tensor(class_prior)
+            fits = prior.shape == (self.classes or 1,) and bool((prior >= 0).all()) and float(prior.sum()) > 0
+            if not fits:
+                raise UserError(f"class_prior: {self.classes} numbers are needed, none negative, and one above 0")
             self.register_buffer("log_class_prior", (prior / prior.sum()).log())
 
     @property

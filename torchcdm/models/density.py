@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+import torchcdm
 from torchcdm.diffusion.base import BaseDensity
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import Level
-from torchcdm.errors import UserError
+from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion, guided, working_dtype
 from torchcdm.models.inputs import LARGEST, as_labels, as_numbers
 
@@ -210,6 +212,9 @@ class ModelDistribution(Distribution):
     def __init__(self, model: DensityModel, y: Any = None, **options: Any) -> None:
         if model.shape is None:
             raise UserError("distribution: the model has no transform, and so no shape of its events")
+        taken = inspect.signature(torchcdm.sample).parameters.keys() - {"model", "n", "y", "seed", "shape", "details"}
+        if unknown := options.keys() - taken:
+            raise UserError(f"distribution: no option '{min(unknown)}'; {nearest(min(unknown), taken)}")
         self.model, self.options = model, options
         self.y = as_labels(y, model, 1, one_for_all=True)
         super().__init__(event_shape=torch.Size(model.shape), validate_args=False)

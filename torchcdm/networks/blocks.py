@@ -21,7 +21,10 @@ def halved_sizes(image_size: ImageSize, resolutions: int) -> list[tuple[int, int
 
     UserError for a side that cannot be halved so often; names the nearest sizes that can.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else map(int, image_size)
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(map(int, image_size))
+    if len(sides) != 2:
+        raise UserError(f"network: image_size is {sides}; give the side of squares, or height and width")
+    height, width = sides
     factor = 2 ** (resolutions - 1)
     if any(side % factor or side < factor for side in (height, width)):
         near = "x".join(str(math.ceil(max(side, 1) / factor) * factor) for side in (height, width))

@@ -33,7 +33,7 @@ class Summary(nn.Module):
         """Features (B, channels, H, W) and the image averaged to their size, to (B, features)."""
         h = self.activation(self.norm(h))
         # Over the number of pixels only now: going back, a mean divides each of them.
-        pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h[0, 0].numel()
+        pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h.shape[2:].numel()
         # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels).
         with torch.autocast(h.device.type, enabled=False):
             h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)

@@ -79,8 +79,9 @@ class UNet(parts.ImageNetwork):
 class CDMUNet(parts.ImageNetwork, HeadedBackbone):
     """The paper's network: the U-Net without time, pooled over space, one logit a level.
 
-    With the defaults and 1002 levels it has the 33 405 930 parameters of the published CIFAR-10 model. An embedded
-    label goes where DDPM has the time. Other arguments as in :class:`ImageNetwork` and :class:`HeadedBackbone`.
+    With 1002 levels and direction ``data`` it has the 33 405 930 parameters of the published CIFAR-10 model. An
+    embedded label goes where DDPM has the time. Other arguments as in :class:`ImageNetwork` and
+    :class:`HeadedBackbone`.
 
     Args:
         head_channels: Channels that are pooled for the head; twice the last block's when None, as published.

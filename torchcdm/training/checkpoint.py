@@ -145,7 +145,7 @@ def read_info(run: str | Path) -> ModelInfo:
 def load(
     run: str | Path, device: str | torch.device = "cpu", backbone: nn.Module | None = None, trust_code: bool = False
 ) -> ClassificationDiffusion:
-    """The model of a run, in eval mode; its type is said for the usual case, as a ``ddm`` is a DenoisingDiffusion.
+    """The model of a run, float32, in eval mode; its type is that of the usual case, a ``ddm`` a DenoisingDiffusion.
 
     Args:
         run: Folder of the run, or of a saved estimator; ``zoo:NAME`` for a model that ships with the package,
@@ -183,7 +183,8 @@ def load(
         if str(run).startswith("hub:"):
             raise UserError(f"{run}: names code, {network.code}, and no code is run for hub:; give backbone=module")
         backbone = imported(network.code)
-    model = build_model(info.model, info.transform, classes, backbone=backbone)
+    with torch.random.fork_rng(devices=[]):  # first weights are drawn, in vain
+        model = build_model(info.model, info.transform, classes, backbone=backbone)
     if "coarse.means" in tensors:
         model.coarse = CoarseData.blank(info.transform.dim, model.classes or 0)
     _fill(model, tensors, folder.model, f"give the trained {network.module}" if network.name == "custom" else MEND)

@@ -114,7 +114,7 @@ class AnomalyDetector:
         below any alpha with a probability of at most alpha, whatever the distribution of the scores.
         """
         scores, normal = torch.as_tensor(scores, dtype=torch.float64).contiguous(), self._known(self.calibration)
-        return 100 * torch.searchsorted(normal, scores) / (len(normal) + 1)
+        return 100 * torch.searchsorted(normal, scores).double() / (len(normal) + 1)
 
     @checked
     def threshold(self, fpr: ProperShare) -> float:
