@@ -125,7 +125,7 @@ def test_rates_that_cannot_be_kept_are_refused(blank, n, fpr, message):
 
 
 def test_a_reference_without_two_parts_is_refused(model):
-    with pytest.raises(UserError, match="name"):
+    with pytest.raises(UserError, match="unknown anomaly score"):
         AnomalyDetector(["levels"], model)
     with pytest.raises(UserError, match="the reference holds 1 samples"):
         AnomalyDetector("log_prob", model).fit(torch.zeros(1, 2))

@@ -49,7 +49,7 @@ def files(text: str) -> str:
 
 SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "model": ("model MODEL", "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME", {}),
-    "paths": ("paths PATH", "images, folders, .npy, .npz, tables or SPECs; data units", {"nargs": "+", "kind": files}),
+    "paths": ("paths PATH", "images, folders, .npy, .npz or tables; data units", {"nargs": "+", "kind": files}),
     "data": ("--data SPEC", "other data than the run was trained on, of the same columns, shape and grey levels", {}),
     "split": ("--split", "train, validation or test", {"default": "test"}),
     "limit": ("--limit N", "at most N samples, evenly spaced", {"kind": count}),

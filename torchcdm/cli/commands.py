@@ -20,7 +20,7 @@ SHORT = {
     "model": ("model.kind", "cdm|ddm", "ddm: the plain denoising baseline; for an encoder the U-Net of its width"),
     "steps": ("train.steps", "N", "optimiser steps"),
     "seed": ("train.seed", "S", "seed of everything random"),
-    "precision": ("train.precision", "fp32|bf16", None),
+    "precision": ("train.precision", "fp32|bf16", "of the network in training (fp32)"),
     "init": ("train.init", "RUN", "start from the weights of another run, where they fit"),
 }
 """Flags of ``cdm train`` that stand for a field: the field, and what the help says of them."""
@@ -41,12 +41,12 @@ def _models(command: Callable[..., Parser]) -> None:
     for name, (_, metavar, text) in SHORT.items():
         add(parser, f"--{name} {metavar}", text)
     add(parser, "--compile", "torch.compile", bool)
-    add(parser, "--resume", "go on from the last state in RUN, if there is one, as it was but for what is given", bool)
+    add(parser, "--resume", "go on from the last state in RUN, if any; steps, time, report, samples may be new", bool)
     add(parser, "--budget TIME", "of training, resumed or not: 90s, 10m, 2h; encoder fits size and report to it (30m)")
     add(parser, "--no-report", "measure nothing on the test split", bool)
     add(parser, "--dry-run", "take some steps, print what all would cost, and write nothing", bool)
     add(parser, "--quiet", "no progress bar, no report on the terminal", bool)
-    add(parser, "--section.field VALUE", "any field that RUN/config.yaml lists, such as --train.lr 1e-3", dest="_")
+    add(parser, "--section.field VALUE", "any field, such as --train.lr 1e-3; RUN/config.yaml lists them", dest="_")
     parser.set_defaults(takes_fields=True)
 
     example = "cdm convert cifar10.pt runs/published --preset cifar10"
@@ -115,7 +115,7 @@ def _measuring(command: Callable[..., Parser]) -> None:
     add(parser, "--flow-steps N", "Heun steps of the flow (40)", int)
     add(parser, "--flow-probes P", "probes of its divergence, even (2)", int)
     add(parser, "--sweeps N", "sweeps of the replica exchange for log Z (200)", int)
-    add(parser, "--seed", None, int)
+    add(parser, "--seed S", "seed of the noise (0)", int)
 
     what, example = "level accuracy, cross-entropy and denoising error per level", "cdm evaluate runs/digits"
     parser = command("measuring:evaluate", what, example, shared)
@@ -133,8 +133,8 @@ def _scoring(command: Callable[..., Parser]) -> None:
     add(parser, "--limit N", "at most N reference samples, evenly spaced (5000)", count)
     add(parser, "--csv FILE", "score, percentile, flag, and where it is odd: columns, or the file of a map", output)
     add(parser, "--plot FILE", "histogram of the scores, a PNG", output)
-    add(parser, "--maps DIR", "a PNG for each image: beside it, where it is not what is normal", output)
-    add(parser, "--engine", "or workers on Ray, for what no memory holds", default="local", choices=("local", "ray"))
+    add(parser, "--maps DIR", "a PNG for each image, beside it in red the pixels that are odd; not for tables", output)
+    add(parser, "--engine", "ray: workers, for data that no memory holds", choices=("local", "ray"), default="local")
     add(parser, "--workers N", "workers on Ray; one for each GPU or core", count)
 
     parser = command("scoring:explore", "a page in the browser on a model", "cdm explore zoo:digits", "model device")
@@ -156,12 +156,12 @@ def _comparing(command: Callable[..., Parser]) -> None:
     parser = command("measuring:ratio", what, example, "skip-bad seed quiet json device")
     for name, what in (("numerator", "samples of p"), ("denominator", "samples of q"), ("query", "where to take p/q")):
         add(parser, f"{name} {name.upper()}", f"{what}: a table, an array, a folder of images, or a SPEC")
-    add(parser, "--clip P", "weights above this quantile are set to it: 0.999", float)
+    add(parser, "--clip P", "set weights above this quantile to it, such as 0.999 (none)", float)
     add(parser, "--balance", "the weights give the query the numerator's means, column by column", bool)
     add(parser, "--discrete", "columns of few values: dequantize or error", default="dequantize")
     add(parser, "--size HxW", "images are resized to this")
     add(parser, "--channels N", "images are converted to so many channels", int)
-    add(parser, "--steps N", "most training steps", int)
+    add(parser, "--steps N", "most training steps; of tables, also to train a network where it could be spared", int)
     add(parser, "--csv FILE", "log ratio, weight and flag of every sample", output)
     add(parser, "--save DIR", "keep the ratio, for torchcdm.DensityRatio.load", output)
     add(parser, "--test", "also test whether the two sets differ, by permutations", bool)

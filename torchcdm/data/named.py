@@ -178,7 +178,7 @@ def _located(argument: str, name: str, files: Sequence[Sequence[str]], mend: str
         if found[0]:
             return [there[0] if there else place / names[0] for there, names in zip(found, files, strict=True)]
     looked = " or ".join(map(str, places)) or f"{DATA_VARIABLE} (not set)"
-    raise UserError(f"{name} not found in {looked}: {mend} by SPEC:PATH or by the variable {DATA_VARIABLE}")
+    raise UserError(f"{name} not found in {looked}: {mend} by {name}:PATH or by the variable {DATA_VARIABLE}")
 
 
 def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], list[str]]:

@@ -166,7 +166,9 @@ def problems(values: Mapping[str, float], unit: str, far: float, config: Config)
         found.append(("impossible likelihood", says, "see the normalised ones: cdm nll RUN --methods elbo,flow"))
     if best > gaussian:
         says = f"{best:.4g} {unit}, a fitted Gaussian has {gaussian:.4g}"
-        found.append(("worse than a Gaussian", says, "leave out --model.gaussian and --model.components"))
+        given = config.model.gaussian is not False
+        mend = "leave out --model.gaussian and --model.components" if given else "train longer"
+        found.append(("worse than a Gaussian", says, f"{mend}, or give --model.gaussian true"))
     if best > uniform:
         says = f"{best:.4g} {unit}, a uniform density on the range of the data has {uniform:.4g}"
         mend = "look for outliers in the data; train longer; leave out --model.gaussian and --model.shrinkage"

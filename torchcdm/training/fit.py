@@ -188,7 +188,8 @@ def check_network(network: nn.Module, source: DataSource, levels: int, denoiser:
         raise UserError(f"the network does not take inputs of shape {tuple(x.shape)} ({reason(error)})") from None
     found = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
     if found != wanted:
-        mend = f"end it with torchcdm.networks.heads.CumulativeHead(features, levels={levels})"
+        end = f"JointHead(features, {levels}, {classes})" if joint else f"CumulativeHead(features, levels={levels})"
+        mend = f"end it with torchcdm.networks.heads.{end}"
         raise UserError(f"the network gives {found} for two samples; {wanted} is needed, a number a level: {mend}")
     seen, new = set(), {h.grad_fn} - {None}
     while new:

@@ -45,9 +45,8 @@ class AnomalyDetector:
         >>> flags = detector.flags(detector.score(x), fpr=0.05)
     """
 
-    @checked
     def __init__(self, name: str, model: Denoiser, background: Denoiser | None = None) -> None:
-        if name not in SCORES:
+        if not isinstance(name, str) or name not in SCORES:
             raise UserError(f"unknown anomaly score {shown(name)}; {nearest(name, SCORES)}")
         if (name == "ratio") != (background is not None):
             problem = "needs a background model" if background is None else "takes no background model"

@@ -82,7 +82,7 @@ def as_samples(model: Denoiser, x: Any, smallest: int = 1, what: str = "it") -> 
     if model.transform is not None:
         check_range([x], ["inputs"], model.transform)
     if len(x) < smallest:
-        raise UserError(f"the reference holds {len(x)} samples; {what} takes at least {smallest}")
+        raise UserError(f"the reference holds {len(x)} samples; {what} takes at least {smallest}: give more")
     return x
 
 

@@ -129,8 +129,8 @@ class DensityRatio:
         return replace(options, seed=self.random_state)
 
     def fit(self, numerator: Any, denominator: Any, query: Any = None) -> DensityRatio:
-        """Learns the ratio numerator / denominator. UserError for data that do not go together, cells that are no
-        numbers, fewer than 20 samples: a fit that fails leaves the ratio as it was.
+        """Learns the ratio numerator / denominator. UserError for data that do not go together, cells that
+        cannot be read, fewer than 20 samples: a fit that fails leaves the ratio as it was.
 
         Args:
             numerator: Samples of p: array, tensor or list (N, d) or (N, C, H, W), data frame, torch Dataset, the path

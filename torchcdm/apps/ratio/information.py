@@ -211,7 +211,7 @@ def two_sample_test(
     Of nearby p and q the log ratio is linear in features of a sample. Ridge regression of the source gives it at once,
     so that each permutation has a fit of its own and all samples fit and test: maximum mean discrepancy by a
     spectrally regularised kernel (Hagrass, Sriperumbudur and Li, 2024), by that kernel of several which tells most.
-    UserError for data that do not go together, cells that are no numbers, too few samples or permutations.
+    UserError for data that do not go together, cells that cannot be read, too few samples or permutations.
 
     Args:
         numerator: At least 20 samples of p, as :meth:`torchcdm.DensityRatio.fit` takes them.
