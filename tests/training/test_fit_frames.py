@@ -42,6 +42,12 @@ def test_frames_in_and_out(run):
     assert "one-pass" in str(report(model, frame, methods=["single"]))
 
 
+def test_a_frame_has_the_preset_of_tables_and_an_array_that_of_vectors():
+    x, small = np.random.RandomState(0).normal(size=(60, 2)), {"steps": 1, "progress": False, "device": "cpu"}
+    assert torchcdm.fit(pd.DataFrame(x, columns=["a", "b"]), **small).info.preset == "table"
+    assert torchcdm.fit(x, **small).info.preset == "mlp"
+
+
 def test_the_row_counter_of_a_file_is_no_column(tmp_path):
     frame = pd.DataFrame(np.random.RandomState(0).normal(size=(40, 2)), columns=["a", "b"]).sample(frac=1)
     frame.to_csv(tmp_path / "idx.csv")

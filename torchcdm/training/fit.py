@@ -62,7 +62,8 @@ def fit(
             an array or a folder of images, or a SPEC as on the command line.
         labels: Classes (N,); the model is conditional where ``model={"labels": ...}`` says so. Of a data frame or the
             path of a table, the name of a column.
-        preset: Name of a preset; ``encoder`` for images and ``mlp`` for vectors when None.
+        preset: Name of a preset; when None ``encoder`` for images, ``table`` for data frames and tables, ``mlp`` for
+            other vectors.
         backbone: A network of your own instead of the preset's: ``x (B, *shape) -> (B, T+2)``, twice differentiable.
             With an attribute ``classes`` it is called with labels, too; with ``joint`` true it gives (B, classes,
             T+2). It is trained in place. ``torchcdm.networks.heads`` has last layers for it. ``FILE.py:NAME`` runs the
@@ -109,8 +110,7 @@ def train(
         model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
         data: As for :func:`fit`, and in the units of the model's transform.
         labels: As for :func:`fit`.
-        preset: The preset whose data options, optimiser and loss are taken; ``encoder`` for images, ``mlp`` for
-            vectors when None.
+        preset: The preset whose data options, optimiser and loss are taken; when None as for :func:`fit`.
         out: Folder of the run; when None nothing is kept.
         device: Where it is trained, and left; when None the best there is, and the CPU.
         progress: Shows a progress bar, and what was read off the data.
@@ -259,7 +259,7 @@ def _prepared(
 
 def usual_preset(source: DataSource) -> str:
     """The preset where none is asked for."""
-    return "mlp" if len(source.shape) == 1 else "encoder"
+    return "encoder" if len(source.shape) > 1 else "mlp" if source.transform.table is None else "table"
 
 
 def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[str, Any]:
