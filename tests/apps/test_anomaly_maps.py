@@ -105,6 +105,9 @@ def test_pictures_show_the_image_and_its_map(tmp_path):
 
 
 def test_mistakes_are_named(smooth_images, maps):
+    for ratios in ((), (-1.0,)):
+        with pytest.raises(UserError, match="give noise-to-signal ratios, above 0"):
+            AnomalyMap(maps.model, ratios)
     model, draw = smooth_images
     with pytest.raises(UserError, match="the reference holds 1 samples"):
         AnomalyMap(model).fit(draw(1, 0))

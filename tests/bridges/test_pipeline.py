@@ -99,6 +99,11 @@ def test_labels_and_guidance_reach_the_model() -> None:
     torch.testing.assert_close(found, 3 * model.denoise(x, 20, y).eps - 2 * model.denoise(x, 20).eps)
 
 
+def test_a_scheduler_that_takes_another_output_is_refused() -> None:
+    with pytest.raises(UserError, match="takes the network for its v_prediction; the model gives the noise"):
+        CDMPipeline.of(images(LogSNRSchedule(40)), prediction_type="v_prediction")
+
+
 def test_a_scheduler_without_levels_is_refused() -> None:
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler takes no trained_betas"):
         diffusers_scheduler(LogSNRSchedule(40), diffusers.FlowMatchEulerDiscreteScheduler)

@@ -81,6 +81,8 @@ class CDMPipeline(DiffusionPipeline):
         if levels.shape != wanted.shape or not torch.allclose(levels, wanted, rtol=1e-3):
             mend = "make it by diffusers_scheduler(model.schedule)"
             raise UserError(f"the {type(scheduler).__name__} has other levels than the model; {mend}")
+        if (kind := scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+            raise UserError(f"the scheduler takes the network for its {kind}; the model gives the noise: epsilon")
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod

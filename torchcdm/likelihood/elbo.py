@@ -13,6 +13,7 @@ from torchcdm.errors import UserError
 from torchcdm.likelihood.restricted import MeasuredStep, log_q
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.runtime.validation import Count, checked
 from torchcdm.units import LogLikelihood
 from torchcdm.units.log_likelihood import log_normal
 
@@ -30,9 +31,10 @@ class ELBO(LogLikelihood):
     reconstruction: Tensor
 
 
+@checked
 def elbo(
     denoiser: Denoiser, x: Tensor, y: Tensor | None = None, scoring: Scoring = Scoring(),
-    kernels: Kernels | None = None, evaluations: int | None = None,
+    kernels: Kernels | None = None, evaluations: Count | None = None,
 ) -> ELBO:  # fmt: skip
     r"""Lower bound on log p(x) of the chain p(x_T), r(x_{t-1}|x_t), P(k|x_l), over the levels from l to T.
 

@@ -56,6 +56,10 @@ class AnomalyMap:
     limit: float = field(init=False)
     _mean: Tensor | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        if not len(self.ratios) or min(self.ratios) <= 0:
+            raise UserError(f"ratios is {self.ratios}; give noise-to-signal ratios, above 0")
+
     def fit(self, reference: Tensor) -> AnomalyMap:
         """Learns what errors are normal, of at most 500 samples of a ``reference`` that the model was not trained on,
         data units, (N, *shape); UserError as of :func:`torchcdm.apps.anomaly.scores.as_samples`."""
