@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -39,11 +40,8 @@ def train(options: argparse.Namespace) -> None:
         took, limit = seconds_a_step(config, source, options.device), config.train.max_seconds or math.inf
         held = torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0
         what = f"{config.train.batch_size} samples" + (f", {held:.1f} GiB of GPU memory" if held else "")
-        total = min(config.train.steps * took, limit)
-        sizes = {"days": 86400, "h": 3600, "min": 60, "s": 1}
-        unit = next(unit for unit, size in sizes.items() if total >= size or size == 1)
-        all_steps = f"{total / sizes[unit]:.3g} {unit}, validation, samples and report apart"
-        print(f"{took:.3g} s a step of {what}; the training takes {all_steps}")
+        total = timedelta(seconds=round(min(config.train.steps * took, limit)))
+        print(f"{took:.3g} s a step of {what}; the training takes {total}, validation, samples and report apart")
         return
     try:
         result = trained(config, options.out, source, options.resume, options.device, progress)

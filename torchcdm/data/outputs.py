@@ -100,15 +100,11 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     Grey levels are rounded and stored as the smallest integer type that holds them; continuous data as float32.
     UserError for another suffix, labels for .npy, or a file that cannot be written.
     """
-    path, values = Path(path), _stored(x, transform)
-    if path.suffix == ".npz":
-        with written(path) as file:
-            np.savez(file, x=values, **({} if y is None else {"y": y.cpu().numpy()}))
-    elif path.suffix == ".npy" and y is None:
-        with written(path) as file:
-            np.save(file, values)
-    else:
+    path, values, labels = Path(path), _stored(x, transform), {} if y is None else {"y": y.cpu().numpy()}
+    if path.suffix != ".npz" and (labels or path.suffix != ".npy"):
         raise UserError(f"{path}: arrays are written as .npy, or with labels as .npz")
+    with written(path) as file:
+        np.savez(file, x=values, **labels) if path.suffix == ".npz" else np.save(file, values)
     return path
 
 

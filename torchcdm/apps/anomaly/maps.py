@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import as_samples, by_batches
-from torchcdm.data.outputs import png, sheet, to_bytes
+from torchcdm.data.outputs import save_images, sheet, to_bytes
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import evenly_spaced, normal, stream
-from torchcdm.runtime.files import write_file
 from torchcdm.units import DataTransform
 
 FLOOR = 0.1  # share of the mean deviation that is added to that of every place: some never vary in the reference
@@ -145,7 +145,5 @@ def overlay(maps: Tensor, x: Tensor, limit: float, transform: DataTransform | No
 def save_maps(maps: Tensor, x: Tensor, limit: float, folder: Path, transform: DataTransform) -> list[Path]:
     """One PNG for each image, 000000.png and so on: the image, and beside it its map as in :func:`overlay`."""
     pairs = torch.stack([overlay(torch.zeros_like(maps), x, limit, transform), overlay(maps, x, limit, transform)], 1)
-    paths = [folder / f"{k:06d}.png" for k in range(len(x))]
-    for path, pair in zip(paths, pairs, strict=True):
-        write_file(path, png(sheet(pair, 2)), flush=False)
-    return paths
+    sheets = torch.from_numpy(np.stack([sheet(pair, 2) for pair in pairs]))
+    return save_images(sheets, folder, DataTransform.images(sheets.shape[1:]))
