@@ -39,6 +39,7 @@ from torchcdm.compose import sample
 from torchcdm.compose.sampling import sample_noise, trajectories
 from torchcdm.data import DataOptions, parse_size, save_grid
 from torchcdm.diffusion.prediction import Prediction
+from torchcdm.likelihood.log_z import weights_of
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive, evenly_spaced
 from torchcdm.runtime.artefact import read_artefact
@@ -122,8 +123,10 @@ def cell(
     if steps > model.schedule.T:
         return None
     stem = options.out / "cells" / f"{name}-{sampler.replace('.', '_')}-{spacing}-{evaluations}"
-    settings = {"model": RunFolder(options.folders[name]).model.stat().st_size, "samples": options.samples,
-                "features": ruler.reference.extractor.key, "seed": options.seed,
+    # Each training draws other noise: of the same noise distances would differ by less than samples do.
+    seed = options.seed + int((re.search(r"\d+$", name) or "0")[0])
+    settings = {"model": weights_of(RunFolder(options.folders[name]).root), "samples": options.samples,
+                "features": ruler.reference.extractor.key, "seed": seed,
                 "guidance": options.guidance}  # fmt: skip
 
     def make() -> dict[str, Any]:
@@ -134,10 +137,10 @@ def cell(
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
             path = adaptive_levels(model, steps, shape, y, rule.weight)[0] if spacing == "adaptive" else even
-            moved = partial(taken, model, moves, options.seed)
-            x = trajectories(model, options.samples, rule, path, shape, y, options.seed, moved=moved)
+            moved = partial(taken, model, moves, seed)
+            x = trajectories(model, options.samples, rule, path, shape, y, seed, moved=moved)
         else:
-            x = sample(model, options.samples, rule, steps, y, options.guidance, options.seed, corrector=moves,
+            x = sample(model, options.samples, rule, steps, y, options.guidance, seed, corrector=moves,
                        spacing="adaptive" if spacing == "adaptive" else "even")  # fmt: skip
         seconds = time.process_time() - began
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
@@ -168,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--spacings", nargs="+", default=["even", "adaptive"])
     parser.add_argument("--evaluations", type=int, nargs="+", default=[6, 10, 25, 50, 100, 200])
     parser.add_argument("--samples", type=int, default=5000, help="of each cell")
-    parser.add_argument("--seed", type=int, default=0, help="of samples")
+    parser.add_argument("--seed", type=int, default=0, help="of samples; that of a training NAME-K is K more")
     parser.add_argument("--guidance", type=float, default=0.0, help="weight of the class, of models with classes")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of processor time")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
