@@ -146,7 +146,7 @@ def cell(
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
         cost = passes * (rule.cost(steps) + moves * (steps - 1))
         return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": cost, "steps": steps,
-                "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
+                "seed": seed, "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
 
     return cache.numbers(stem.with_suffix(".json"), settings, make)
 

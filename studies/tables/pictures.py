@@ -42,33 +42,43 @@ def quality_curves(name: str) -> str:
     """Fréchet distance and grain of both models, by evaluations, sampler and placement of the steps.
 
     Of several trainings: means, with standard errors over the trainings, and the ratio of the means with the upper end
-    of its 95 % interval (Welch's, of the logarithms).
+    of its 95 % interval (Welch's, of the logarithms). Where all trainings drew from the same noise, the error of the
+    samples is added to both, as that over the trainings has it not.
     """
     rows, cells = [], by_cell(read(name)["rows"])
     several = any(len(found) > 1 for models in cells.values() for found in models.values())
     for (evaluations, sampler, spacing), models in cells.items():
-        distances = {kind: [r["frechet"] for r in found] for kind, found in models.items()}
-        shown = ["–" if not found else f"{mean(values):.2f} ± {error_of(found):.2f}"
-                 for values, found in zip(distances.values(), models.values(), strict=True)]  # fmt: skip
+        shown = ["–" if not found else f"{mean(r['frechet'] for r in found):.2f} ± {error_of(found):.2f}"
+                 for found in models.values()]  # fmt: skip
         shown += ["–" if not found else f"{mean(r['grain'] for r in found):.2f}" for found in models.values()]
-        rows.append([str(evaluations), sampler, spacing, *shown, *([ratio_of(*distances.values())] * several)])
+        rows.append([str(evaluations), sampler, spacing, *shown, *([ratio_of(*models.values())] * several)])
     head = ["evaluations", "sampler", "steps", "Fréchet, CDM", "Fréchet, DDM", "grain, CDM", "grain, DDM"]
     return markdown(head + ["CDM / DDM, upper end"] * several, rows)
 
 
 def error_of(rows: Sequence[Any]) -> float:
-    """Standard error over several trainings; of one, that of its samples."""
+    """Standard error over several trainings, and of their samples where the noise is one; of one training, these."""
     values = torch.tensor([row["frechet"] for row in rows])
-    return standard_error(values) if len(values) > 1 else rows[0]["frechet_se"]
+    own = standard_error(values) if len(values) > 1 else 0.0
+    return math.hypot(own, float(values.mean()) * error_of_samples(rows))
 
 
-def ratio_of(cdm: Sequence[float], ddm: Sequence[float]) -> str:
+def error_of_samples(rows: Sequence[Any]) -> float:
+    """Relative error of the distance by its samples, the mean over trainings; zero where each drew its own noise, so
+    that trainings differ by it."""
+    drawn = len({row.get("seed") for row in rows}) == len(rows) > 1
+    return 0.0 if drawn else mean(row["frechet_se"] / row["frechet"] for row in rows)
+
+
+def ratio_of(cdm: Sequence[Any], ddm: Sequence[Any]) -> str:
     """Ratio of the means and the upper end of its 95 % interval; a dash where either has one training."""
     if min(len(cdm), len(ddm)) < 2:
         return "–"
-    logs = [np.log(values) for values in (cdm, ddm)]
-    interval = ttest_ind(*logs, equal_var=False).confidence_interval(0.95)
-    return f"{mean(cdm) / mean(ddm):.2f}, {math.exp(interval.high):.2f}"
+    values = [[row["frechet"] for row in rows] for rows in (cdm, ddm)]
+    middle = np.subtract(*(np.log(side).mean() for side in values))
+    high = ttest_ind(*map(np.log, values), equal_var=False).confidence_interval(0.95).high
+    samples = 1.96 * math.hypot(error_of_samples(cdm), error_of_samples(ddm))
+    return f"{mean(values[0]) / mean(values[1]):.2f}, {math.exp(middle + math.hypot(high - middle, samples)):.2f}"
 
 
 def quality_of_zoo() -> str:
