@@ -93,6 +93,11 @@ def test_mutual_information_of_correlated_normals_whatever_the_scale_of_a_column
     assert abs(nothing.value) < 3 * nothing.se + 0.02
 
 
+def test_a_single_step_is_enough_to_be_asked_for():
+    x = np.random.RandomState(0).normal(size=(200, 2))
+    assert np.isfinite(mutual_information(x, x + 1e-1 * x[::-1], steps=1).value)
+
+
 def test_rows_that_come_back_tell_nothing_more():
     """Copies in several folds would be seen by the models that judge them."""
     x, y = np.random.RandomState(0).normal(size=(2, 250, 2))

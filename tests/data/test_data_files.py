@@ -115,6 +115,17 @@ def test_arrays_of_continuous_data_are_floats(tmp_path):
         save_array(x, tmp_path / "a.pt")
 
 
+def test_a_quote_that_is_never_closed_takes_no_rows_with_it(tmp_path):
+    rows = [f"{k},red" for k in range(60)]
+    rows[20] = '20,"red'
+    (tmp_path / "t.csv").write_text("a,b\n" + "\n".join(rows) + "\n")
+    with pytest.raises(UserError, match="a quote in line 22 is not closed"):
+        load_data(f"table:{tmp_path / 't.csv'}")
+    rows[20] = '20,"red\n"'
+    (tmp_path / "t.csv").write_text("a,b\n" + "\n".join([*rows, rows[20]]) + "\n")
+    assert sum(len(split) for split in load_data(f"table:{tmp_path / 't.csv'}").splits.values()) == 61
+
+
 def test_saving_where_it_cannot_be(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file.*cannot be written"):

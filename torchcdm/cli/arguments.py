@@ -99,6 +99,6 @@ def tell(path: Path | None, text: str, numbers: Any) -> None:
         json.dump(without_nan(numbers), sys.stdout, indent=1)
         print()
         return
-    print(text)
     if path is not None:
         write_json(path, numbers)
+    print(text)  # last, as its reader may have gone

@@ -11,6 +11,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from types import ModuleType
 
 from torchcdm import __version__
@@ -87,7 +88,8 @@ def _run(parser: Parser, words: Sequence[str]) -> None:
             options.command.error(f"unrecognized arguments: {' '.join(rest)}")
         _check_outputs(options)
         pkgutil.resolve_name(options.run)(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before Python started
+            sys.stdout.flush()
     except OSError as error:
         # A reader such as head may have seen enough; files of our own are written elsewhere, with their names.
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -111,8 +113,11 @@ def _check_outputs(options: Namespace) -> None:
     outputs = [path for name in OUTPUTS if (path := getattr(options, name, None)) is not None]
     for path in outputs:
         if str(path) != "-":
-            from torchcdm.training.run_folder import RunFolder  # loads torch
+            from torchcdm.training.checkpoint import read_info  # loads torch
+            from torchcdm.training.run_folder import RunFolder
 
+            with suppress(UserError):  # of a model that cannot be read the command itself will tell
+                inputs += [read_info(options.model).data.spec or ""] if getattr(options, "model", None) else []
             check_output(path, inputs)
             run = RunFolder(path.resolve().parent)
             if run.lock.exists() and path.resolve() in vars(run).values():

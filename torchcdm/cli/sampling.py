@@ -32,7 +32,7 @@ def sample(options: argparse.Namespace) -> None:
     pictures = len(info.transform.shape) == 3
     if options.format == "images" and not pictures:
         raise UserError("--format images: this model makes vectors; choose grid (a CSV table) or array")
-    check_output_folder(out, ())
+    check_output_folder(out, [info.data.spec] if info.data.spec else ())
     if options.format in ("images", "all"):
         check_no_more(out, options.n)
     with sharing(options.device) as (device, main):
@@ -91,7 +91,7 @@ def restore(options: argparse.Namespace) -> None:
     if options.noise_std is not None:
         read_as(Positive, options.noise_std, "--noise-std")
     measurement, shape = _measurement(options, info.transform.shape)
-    check_output_folder(out, options.paths)
+    check_output_folder(out, [*options.paths, *([options.mask] if options.mask else [])])
     x, names, notes = info.read_pictures(options.paths, options.skip_bad, shape)
     check_no_more(out, len(x))
     say(notes)

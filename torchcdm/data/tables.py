@@ -140,6 +140,11 @@ def _read_csv(path: Path, skip_bad: bool) -> DataFrame:
         text.seek(0)
         rows = csv.reader(text, delimiter=separator)
         lines = [(rows.line_num, row) for row in rows if row]
+        # Python's reader takes all that follows a quote which is never closed for one cell.
+        ends_quoted = any("\n" in cell for cell in lines[-1][1]) if lines else False
+        if ends_quoted and not text.seek(0) and sum(line.count('"') for line in text) % 2:
+            begun = lines[-2][0] + 1 if len(lines) > 1 else 1
+            raise UserError(f"{path}: a quote in line {begun} is not closed; close it, or take it out")
     if not lines:
         raise UserError(f"{path}: the file is empty")
     header, notes, problems = [cell.strip() for cell in lines[0][1]], [], []

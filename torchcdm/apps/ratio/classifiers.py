@@ -85,7 +85,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, rate)
     # A rise of a single step would be a division by zero there.
     rise = min(1.0, max(0.1, 2 / steps))
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=rise)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(2, steps), pct_start=rise)
 
     @torch.no_grad()
     def of_others() -> Tensor:
