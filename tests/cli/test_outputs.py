@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from filelock import FileLock
 from small_runs import small_flags
 
 from torchcdm.cli import main
+from torchcdm.training.checkpoint import load
 from torchcdm.training.run_folder import RunFolder
 
 
@@ -58,6 +60,17 @@ def test_files_of_a_run_are_not_replaced(capsys, tmp_path, run, name):
     assert main(["info", str(run), "--json", str(run / "mine.json")]) == 0 == main(
         ["info", str(run), "--json", str(run / "mine.json")]
     )
+
+
+def test_the_data_of_a_model_are_no_output(capsys, tmp_path):
+    table, model = tmp_path / "samples.csv", load("zoo:table-example")
+    table.write_text("those that the model was trained on")
+    model.info = replace(model.info, data=replace(model.info.data, spec=f"table:{table}"))
+    model.save(tmp_path / "run")
+    for words in (["sample", "--n", "2", "--out", tmp_path], ["info", "--json", table]):
+        assert main([words[0], str(tmp_path / "run"), *map(str, words[1:])]) == 2
+        assert "inputs" in capsys.readouterr().err
+    assert table.read_text() == "those that the model was trained on"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.json", "samples", "report.json", "metrics.jsonl"])

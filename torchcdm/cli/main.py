@@ -111,17 +111,18 @@ def _check_outputs(options: Namespace) -> None:
     read = [getattr(options, name, None) or () for name in INPUTS]
     inputs = [path for paths in read for path in ([paths] if isinstance(paths, str) else paths)]
     outputs = [path for name in OUTPUTS if (path := getattr(options, name, None)) is not None]
-    for path in outputs:
-        if str(path) != "-":
-            from torchcdm.training.checkpoint import read_info  # loads torch
-            from torchcdm.training.run_folder import RunFolder
+    files = [path for path in outputs if str(path) != "-"]
+    if files:
+        from torchcdm.training.checkpoint import read_info  # loads torch
+        from torchcdm.training.run_folder import RunFolder
 
-            with suppress(UserError):  # of a model that cannot be read the command itself will tell
-                inputs += [read_info(options.model).data.spec or ""] if getattr(options, "model", None) else []
-            check_output(path, inputs)
-            run = RunFolder(path.resolve().parent)
-            if run.lock.exists() and path.resolve() in vars(run).values():
-                raise UserError(f"{path}: belongs to the run; choose another name")
+        with suppress(UserError):  # of a model that cannot be read the command itself will tell
+            inputs += [read_info(options.model).data.spec or ""] if getattr(options, "model", None) else []
+    for path in files:
+        check_output(path, inputs)
+        run = RunFolder(path.resolve().parent)
+        if run.lock.exists() and path.resolve() in vars(run).values():
+            raise UserError(f"{path}: belongs to the run; choose another name")
     if len(set(map(os.path.realpath, outputs))) < len(outputs):
         raise UserError(f"{outputs[0]}: is to hold two outputs; choose another file for one of them")
 
