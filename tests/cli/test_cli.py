@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import warn
 from torchcdm.networks.mlp import MLP
 from torchcdm.training import evaluation
-from torchcdm.training.checkpoint import read_info
+from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.loop import Interrupted
 from torchcdm.units import DataTransform
 
@@ -128,6 +129,16 @@ def test_samples_of_a_class(capsys, tmp_path, conditional):
         with (tmp_path / name / "manifest.csv").open() as file:
             assert [row["label"] for row in csv.DictReader(file)] == labels
     assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
+
+
+def test_names_of_classes_may_be_other_numbers(capsys, tmp_path, conditional):
+    model = load(conditional)
+    model.info = replace(model.info, class_names=tuple("1234567890"))
+    model.save(tmp_path / "run")
+    words = ["sample", tmp_path / "run", "--n", "2", "--steps", "2", "--format", "array", "--quiet", "--out", tmp_path]
+    succeed(capsys, *words, "--label", "1")
+    assert np.load(tmp_path / "samples.npz")["y"].tolist() == [0, 0]
+    assert "did you mean" in refuse(capsys, *words, "--label", "10")
 
 
 def test_samples_of_composed_classes(capsys, tmp_path, conditional):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from filelock import FileLock
+from PIL import Image
 from small_runs import small_flags
 
 from torchcdm.cli import main
@@ -71,6 +72,14 @@ def test_the_data_of_a_model_are_no_output(capsys, tmp_path):
         assert main([words[0], str(tmp_path / "run"), *map(str, words[1:])]) == 2
         assert "inputs" in capsys.readouterr().err
     assert table.read_text() == "those that the model was trained on"
+
+
+def test_a_run_is_not_among_the_images_that_it_learns(capsys, tmp_path):
+    for k in range(12):
+        Image.new("L", (8, 8), 20 * k).save(tmp_path / f"{k}.png")
+    words = ("train", "encoder", "--data", f"folder:{tmp_path}", "--out", tmp_path / "run", *small_flags())
+    assert "holds inputs" in refused(capsys, *words)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.json", "samples", "report.json", "metrics.jsonl"])

@@ -272,6 +272,19 @@ def test_corrupt_image_is_named_and_skip_bad_goes_on(tmp_path, content):
     assert any("1 file(s)" in note and str(path) in note for note in source.notes)
 
 
+def test_files_of_several_images_are_refused(tmp_path):
+    write_folder(tmp_path, 20)
+    pages = [Image.fromarray(picture(k, (5, 7, 3))) for k in range(3)]
+    for name in ("pages.tif", "film.gif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        said = f"{name}: cannot be read as an image (holds 3 images; save each in a file of"
+        assert said in one_line(f"folder:{tmp_path}")
+        assert sum(map(len, splits_of(load_data(f"folder:{tmp_path}", skip_bad=True)))) == 20
+        (tmp_path / name).unlink()
+    pages[0].save(tmp_path / "telephone.jpg", format="MPO", save_all=True, append_images=pages[1:])
+    assert sum(map(len, splits_of(load_data(f"folder:{tmp_path}")))) == 21
+
+
 def test_corrupt_image_of_a_lazy_folder_is_named_when_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("torchcdm.data.source.MEMORY_LIMIT", 0)
     write_folder(tmp_path, 12, (40, 40, 3))

@@ -7,6 +7,7 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.networks.blocks import ImageConvolution
 from torchcdm.networks.encoder import Encoder, Summary
 from torchcdm.networks.heads import make_head
 from torchcdm.networks.mlp import DDMMLP, MLP
@@ -218,3 +219,10 @@ def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolu
     pooled = torch.nn.functional.conv2d(active, summary.pooled.weight, summary.pooled.bias)
     expected = torch.cat([torch.nn.functional.silu(pooled).mean((2, 3)), (maps * image[:, None]).sum((2, 3, 4))], 1)
     torch.testing.assert_close(summary(h, image), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shifts_of_an_image_times_a_matrix_are_a_convolution(channels):
+    layer, x = ImageConvolution(channels, 5).double(), batch(2, (channels, 6, 7)).requires_grad_()
+    torch.testing.assert_close(layer(x), torch.nn.Conv2d.forward(layer, x))
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)

@@ -79,6 +79,9 @@ def test_outputs_do_not_replace_inputs(tmp_path):
         for given in (table, f"table:{table}"):
             assert "is one of the inputs" in refused(lambda path=path, given=given: check_output(path, [given]))
     check_output(tmp_path / "new" / "scores.csv", [table, "digits", "a\0b"])
+    refused(lambda: check_output(images / "made" / "x.csv", [images]))
+    refused(lambda: check_output_folder(images / "made", [images]))
+    assert not (images / "made").exists()
     for folder, given in ((images, images), (images / "inner", images), (tmp_path, table)):
         refusal = refused(lambda folder=folder, given=given: check_output_folder(folder, [given]))
         assert "holds inputs, which the outputs could replace" in refusal

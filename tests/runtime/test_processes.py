@@ -1,5 +1,6 @@
 """Samples and measurements are the same whoever shares the work, and however much memory there is."""
 
+import errno
 import io
 import json
 import os
@@ -222,6 +223,22 @@ def test_a_log_gets_a_bar_seldom_and_a_terminal_or_a_notebook_often(monkeypatch,
     monkeypatch.setattr(os, "isatty", lambda _: terminal)
     with progress_bar(range(3), "work", True) as bar:
         assert bar.mininterval == seconds and list(bar) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC])
+def test_work_goes_on_when_nobody_reads_its_bar(monkeypatch, number):
+    class Gone(io.StringIO):
+        def write(self, *_):
+            raise OSError(number, "gone")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    bar = progress_bar(range(3), "work", True, leave=True)
+    bar.mininterval = 0
+    assert list(bar) == [0, 1, 2]
 
 
 def test_no_rows_are_refused():

@@ -227,6 +227,9 @@ def test_a_resume_without_a_step_leaves_what_was_measured(tmp_path):
     assert read_json(run.report)["nll"] == 1.5
     run_training(run.root, resume=True, train__steps="5")
     assert "nll" not in read_json(run.report) and read_json(run.report)["steps"] == 5
+    run.report.write_text("half of a repo")
+    run_training(run.root, resume=True, train__steps="6")
+    assert read_json(run.report)["steps"] == 6
 
 
 def test_the_callers_random_numbers_are_left_alone(tmp_path):

@@ -107,6 +107,14 @@ def test_flags_are_yaml_values():
         make_config({"train": {"lr": "1e-4"}})
 
 
+@pytest.mark.parametrize("text", ["010", "1:30", "0x10"])
+def test_numbers_are_read_as_they_look(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(f"train: {{steps: {text}}}")
+    for layer in (lambda: flag_fields([("train.steps", text)]), lambda: file_fields(tmp_path / "c.yaml")):
+        with pytest.raises(UserError, match=f"train.steps is '{text}'; it must be a valid integer"):
+            make_config(layer())
+
+
 def test_file_mistakes(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [1,\n  b: 2")
@@ -241,7 +249,7 @@ def test_mistakes_in_files_name_the_field_or_the_line(tmp_path):
         "extends: [digits]\n": "^unknown preset",
         "\nextends: mine\n": "^unknown preset",
         "[" * 3000: "mine.yaml: not valid YAML",
-        "train: {steps: 0b_}\n": "mine.yaml: not valid YAML",
+        "train: {steps: 0b_}\n": "^train.steps is '0b_'",
         "extends: digits\ntrain:\n  lr: 1e-3\n  steps: many\n": "^train.steps is 'many'",
         "train:\n  stesp: 3\n": "^unknown field 'train.stesp'; did you mean 'steps'",
         "model:\n  class_gaussians: true\n": "^model: class_gaussians needs gaussian, and labels joint",

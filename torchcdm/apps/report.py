@@ -19,13 +19,12 @@ from torchcdm.likelihood import NLLReport, Scoring, methods_of
 from torchcdm.likelihood import report as likelihood_report
 from torchcdm.likelihood.log_z import TRAINING, weights_of, write_log_z
 from torchcdm.likelihood.scoring import dithered
-from torchcdm.runtime.artefact import read_json
 from torchcdm.runtime.files import write_json
 from torchcdm.training.checkpoint import load
 from torchcdm.training.config_files import file_fields, make_config
 from torchcdm.training.evaluation import evaluate
 from torchcdm.training.finish import FLOW_COST, affordable
-from torchcdm.training.run_folder import RunFolder, read_metrics
+from torchcdm.training.run_folder import RunFolder, read_metrics, read_report
 from torchcdm.units import DataTransform, GaussianizedTransform
 
 
@@ -67,7 +66,7 @@ def write_report(
         "baselines": [baseline._asdict() for baseline in beside],
         "levels": evaluation["mean"],
         # What the training found of its model and of what it has to beat.
-        "outcome": read_json(folder.report).get("outcome") if folder.report.exists() else None,
+        "outcome": read_report(folder.report).get("outcome"),
         "nll": nll and nll.to_json(),
         "gap_to_flow_by_level": nll and nll.gaps,
     }

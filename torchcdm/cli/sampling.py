@@ -39,7 +39,8 @@ def sample(options: argparse.Namespace) -> None:
         model = load(options.model, device)
         # The classes of the model by number and by name.
         known = {str(k): k for k in range(model.classes or 0)}
-        known |= {name: k for k, name in enumerate(info.class_names or ())} if known else {}
+        names = {name: k for k, name in enumerate(info.class_names or ())} if known else {}
+        known = names if known.keys() & names.keys() else known | names  # names may be other numbers
         y, target = _labels(options, model, known), _composed(model, known, options)
         how = {name: getattr(options, name) for name in SAMPLING}
         found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)

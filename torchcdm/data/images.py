@@ -76,8 +76,12 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
 
 
 def opened(file: Any) -> Image.Image:
-    """A Pillow image of one of ``FORMATS`` from a file or its path."""
-    return Image.open(file, formats=FORMATS)
+    """A Pillow image of one of ``FORMATS`` from a file or its path; ValueError where it holds several. A telephone's
+    JPEG may: what it shows, and a map of depths."""
+    image = Image.open(file, formats=FORMATS)
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError(f"holds {image.n_frames} images; save each in a file of its own")
+    return image
 
 
 def from_pillow(image: Image.Image) -> tuple[Tensor, int | None]:

@@ -34,12 +34,14 @@ class Summary(nn.Module):
         h = self.activation(self.norm(h))
         # Over the number of pixels only now: going back, a mean divides each of them.
         pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h.shape[2:].numel()
-        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels).
+        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels). As
+        # products of matrices their gradient in the image takes longer than all other work on them.
         with torch.autocast(h.device.type, enabled=False):
             h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)
             maps = (self.energy.weight, self.energy.bias)
             weight, bias = (at_least_float32(part).view(self.energy_maps, -1) for part in maps)
-            energies = nn.functional.linear((h @ image.mT).mT.flatten(1), weight)
+            products = [(h * channel[:, None]).sum(2) for channel in image.unbind(1)]
+            energies = nn.functional.linear(torch.cat(products, 1), weight)
             energies = energies + nn.functional.linear(image.sum(2), bias)
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)
 
@@ -87,7 +89,7 @@ class Encoder(parts.ImageNetwork, HeadedBackbone):
         options = {"dropout": dropout, "embedding": embedding}
 
         channels = width * multipliers[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = parts.ImageConvolution(in_channels, channels)
         self.positions = nn.Parameter(torch.zeros(channels, *sizes[0])) if positions else None
         self.stages, self.downs, self.summaries = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, (multiplier, size) in enumerate(zip(multipliers, sizes, strict=True)):

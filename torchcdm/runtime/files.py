@@ -35,9 +35,9 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {what}") from error
 
 
-def write_file(path: Path, content: bytes | str, flush: bool = True) -> None:
+def write_file(path: Path, content: bytes | str) -> None:
     """As :func:`written`, for all of the content at once."""
-    with written(path, isinstance(content, str), flush) as file:
+    with written(path, isinstance(content, str)) as file:
         file.write(content)
 
 
@@ -119,12 +119,12 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None
     """Refuses, before the long work, a file that cannot be written after it, one of the ``inputs`` (paths, or data as
     on the command line) or in a folder of them, and what :func:`check_replaced` refuses; its folder is made."""
     with writing(path):
-        target = _replaced(path)
-    if target is not None:
+        target = Path(os.path.realpath(path))
         for held in (given.resolve() for given in _given(inputs)):
             if target.is_relative_to(held) or (target.exists() and target.samefile(held)):
                 raise UserError(f"{path}: is one of the inputs, or among them; choose another file")
-        check_replaced(target, kind)
+        if _replaced(path) is not None:
+            check_replaced(target, kind)
 
 
 def check_replaced(path: Path, kind: str | None = None) -> None:
@@ -141,12 +141,11 @@ def check_replaced(path: Path, kind: str | None = None) -> None:
 def check_output_folder(folder: Path, inputs: Iterable[str | Path]) -> None:
     """Refuses a folder in which outputs could replace inputs, as it holds one or is in one, or that is read-only."""
     with writing(folder):
+        inside = folder.resolve()
+        for held in (given.resolve() for given in _given(inputs)):
+            if inside.is_relative_to(held) if held.is_dir() else inside == held.parent:
+                raise UserError(f"{folder}: holds inputs, which the outputs could replace; choose another folder")
         _replaced(folder / TEMPORARY)
-    inside = folder.resolve()
-    for path in _given(inputs):
-        held = path.resolve()
-        if inside.is_relative_to(held) if held.is_dir() else inside == held.parent:
-            raise UserError(f"{folder}: holds inputs, which the outputs could replace; choose another folder")
 
 
 def _given(inputs: Iterable[str | Path]) -> list[Path]:

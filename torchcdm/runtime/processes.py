@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
@@ -95,8 +95,27 @@ def progress_bar(items: Any, what: str, shown: bool, leave: bool = False, **opti
     """tqdm's bar over ``items``, if any. A log keeps all that is drawn of it: it is drawn there every ten seconds."""
     from tqdm.auto import tqdm
 
-    is_log = sys.stderr is sys.__stderr__ and not os.isatty(2)  # a notebook has a stderr of its own
-    return tqdm(items, what, leave=leave, disable=not shown, mininterval=10.0 if is_log else 0.5, **options)
+    plain = sys.stderr is sys.__stderr__  # a notebook has a stderr of its own
+    often = 10.0 if plain and not os.isatty(2) else 0.5
+    file = _Unread() if plain else None
+    return tqdm(items, what, leave=leave, file=file, disable=not shown, mininterval=often, **options)
+
+
+class _Unread:
+    """stderr, whose reader may go away, or its disk be full: the work goes on without a bar."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """What cannot be written is lost."""
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """As :meth:`write`."""
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def several() -> bool:

@@ -141,6 +141,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# Of YAML 1.2: to PyYAML 010 is eight, and 1:30 ninety.
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _INT if tag.endswith(":int") else form) for tag, form in known]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE)
 for kind in (_Loader, _Dumper):  # to PyYAML 1e-4 is a text
     kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("+-.0123456789"))

@@ -21,8 +21,7 @@ from torchcdm.errors import UserError, reason, warn
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.artefact import read_json
-from torchcdm.runtime.files import without_nan, write_file, write_json
+from torchcdm.runtime.files import check_output_folder, without_nan, write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first, memory_kept, progress_bar
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
@@ -32,7 +31,7 @@ from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Best, Selection, labels_for
 from torchcdm.training.finish import calibrate_levels, compare, samples_to_draw, save_samples
 from torchcdm.training.optimizers import EMA, build_optimizer, learning_rate, share_done
-from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics
+from torchcdm.training.run_folder import RunFolder, append_metrics, cut_metrics, read_report
 from torchcdm.training.settings import Config
 
 MAX_BAD_STEPS = 10  # in a row without a finite gradient: they end the training
@@ -79,6 +78,8 @@ def train(
     run, speaks = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume (resume=True), or choose another folder")
+    if str(config.data.spec).startswith("folder:"):  # whose pictures the samples would join
+        check_output_folder(run.root, [config.data.spec])
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
@@ -329,7 +330,7 @@ class Trainer:
         return outcome
 
     def _report(self, outcome: dict[str, Any] | None) -> None:
-        known = read_json(self.run.report) if self.run.report.exists() else {}
+        known = read_report(self.run.report)
         measured = known if known.get("steps") == self.step else {}  # of these weights: a resume without a step
         content = {"preset": self.config.preset, "steps": self.step, "seconds": self.seconds, "outcome": outcome}
         write_json(self.run.report, measured | content)
@@ -378,7 +379,7 @@ class Trainer:
         elif self.main and best is not None and checkpoint.read_info(self.run.root).selected["step"] != best.step:
             # The training ended with its start in the place of these weights, which cannot be compared any more.
             self.selection.best = None
-            self.ended = read_json(self.run.report).get("outcome") if self.run.report.exists() else None
+            self.ended = read_report(self.run.report).get("outcome")
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.artefact import parse_json, settle
+from torchcdm.runtime.artefact import parse_json, read_json, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 from torchcdm.runtime.reading import read_bytes
 
@@ -64,6 +64,13 @@ class RunFolder:
             lock.release()
             with suppress(OSError):
                 self.lock.touch()  # some versions of filelock remove it
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What ``report.json`` holds; nothing where there is none, or it is damaged: a report can be made again."""
+    with suppress(UserError):
+        return read_json(path)
+    return {}
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
