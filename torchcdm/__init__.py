@@ -8,8 +8,6 @@ Example:
     >>> log_p = model.log_prob(x)
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,7 +1,5 @@
 """Training losses: modules that return named terms for each sample, and that a distributed wrapper can wrap."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, final

@@ -3,8 +3,6 @@
 It never depends on batches, devices, other draws or how far a run has come, so that nothing random needs a state.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

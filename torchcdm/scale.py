@@ -4,8 +4,6 @@ A worker has the model, the fitted score and its threshold, and nothing else. Fi
 the reader of ``cdm score``: the numbers are those of one process. Ray does again what a worker that died left undone.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

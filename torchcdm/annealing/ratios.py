@@ -1,7 +1,5 @@
 """Ratios of normalisers from works (BAR) and from densities of every level (MBAR), and errors that know of time."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

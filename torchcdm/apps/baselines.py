@@ -1,7 +1,5 @@
 """Classical density models of scikit-learn on the same dequantised data: what a likelihood is measured against."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ For y = x_0 + s n with unknown s, level t with r_t = s explains y with the log-d
 and the classifier gives it without any model of the noise beside the one it was trained on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What a fit leaves in its object: what was there before where the fit fails, and plain values beside a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

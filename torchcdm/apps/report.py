@@ -1,7 +1,5 @@
 """What a run reports of itself at the end: likelihoods beside baselines, errors by level, figures."""
 
-from __future__ import annotations
-
 import platform
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ azula's time runs from 0, our level 1, to 1, our level T. In between it stands f
 and denoiser always belong together.
 """
 
-from __future__ import annotations
-
 from typing import Any, final
 
 import torch

@@ -1,7 +1,5 @@
 """Models on the Hugging Face Hub: safetensors, JSON and a model card in its form, and never code."""
 
-from __future__ import annotations
-
 import math
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Checkpoints of the published code (github.com/shaharYadin/CDM) as weights of :class:`CDMUNet`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

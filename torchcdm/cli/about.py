@@ -1,7 +1,5 @@
 """``cdm presets``, ``cdm zoo``, ``cdm info`` and ``cdm push``."""
 
-from __future__ import annotations
-
 import argparse
 
 from torchcdm.bridges.hub import push as pushed

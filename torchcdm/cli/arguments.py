@@ -1,7 +1,5 @@
 """The parser, arguments that several commands share, and what commands do with their outputs."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

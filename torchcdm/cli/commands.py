@@ -1,7 +1,5 @@
 """The commands and their arguments. What a command does is imported when it runs: help is to come at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Entry point: the commands and what their failures look like."""
 
-from __future__ import annotations
-
 import errno
 import os
 import pkgutil

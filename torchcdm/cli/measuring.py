@@ -1,7 +1,5 @@
 """``cdm nll``, ``cdm evaluate``, ``cdm ratio`` and ``cdm mi``."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``cdm sample`` and ``cdm restore``."""
 
-from __future__ import annotations
-
 import argparse
 
 import numpy as np

@@ -1,7 +1,5 @@
 """``cdm score``, ``cdm explore`` and ``cdm denoise``."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import os

@@ -1,7 +1,5 @@
 """``cdm train`` and ``cdm convert``."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -10,8 +10,6 @@ parts' denoisers, and a Gaussian's path is exact.
 What the parts integrate to does not matter for products and powers; in a mixture it acts as a prior weight.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy

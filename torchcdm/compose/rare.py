@@ -8,8 +8,6 @@ the noise, down again by the denoiser's kernel. Which levels jumps go to follows
 The error is estimated by the descendants of the first particles (Lee and Whiteley 2018), for systematic resampling.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Annotated, final

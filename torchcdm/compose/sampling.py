@@ -6,8 +6,6 @@ sequential Monte Carlo, whose weights also mend how the levels' densities differ
 exchange between the levels, started from such particles.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ goes through the denoiser as that of the reference Gaussian,
 accept-reject and weights mend what it lacks. The true one is a second derivative and three times as long.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Annotated, final

@@ -1,7 +1,5 @@
 """Arrays: which axis is what, which values lie on a grid, and what the classes are."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import replace

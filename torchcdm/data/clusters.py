@@ -5,8 +5,6 @@ A generative model of data in groups is better than one without, whoever found t
 nearer to the true classes than those of k-means (``studies/JOURNAL.md``).
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Folders of images: files that are checked when the data set is loaded and read when they are asked for."""
 
-from __future__ import annotations
-
 import math
 import os
 import stat

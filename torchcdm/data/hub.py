@@ -1,7 +1,5 @@
 """Data sets of the Hugging Face Hub, or saved by its library, through that library."""
 
-from __future__ import annotations
-
 import io
 import os
 from functools import partial

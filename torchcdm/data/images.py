@@ -1,7 +1,5 @@
 """Images: what the header of a file says, its pixels in data units, and their conversion into one shape."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

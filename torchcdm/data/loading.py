@@ -1,7 +1,5 @@
 """From a SPEC string or a Python object to a :class:`DataSource`."""
 
-from __future__ import annotations
-
 import os
 import re
 import stat

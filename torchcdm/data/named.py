@@ -1,7 +1,5 @@
 """Named data sets with fixed splits, in the formats in which they are published."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -1,7 +1,5 @@
 """The options of data, one object that is handed whole from the settings to the readers."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from annotated_types import Ge, Le, Lt

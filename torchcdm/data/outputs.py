@@ -1,7 +1,5 @@
 """Samples to files: images, one grid of images, arrays, tables, and what is known of each."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ with :math:`\alpha_0 = 1, \sigma_0 = 0` and :math:`\alpha_{T+1} = 0, \sigma_{T+1
 at level T, the last one that still holds signal. Notation: section 1 of ``docs/method.md``.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from typing import final

@@ -4,8 +4,6 @@ A covariance fitted to few samples of many numbers gives new samples next to no 
 density, its number of Gaussians and its shrinkage are chosen by the likelihood of samples that it was not fitted to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

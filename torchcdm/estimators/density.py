@@ -1,7 +1,5 @@
 """Density of a table as a scikit-learn estimator."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Regression without training: a linear part, and a smooth one where rows that are left out find it better."""
 
-from __future__ import annotations
-
 from itertools import product
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The evidence lower bound of the reverse chain that a denoiser induces, by terms; for CDM and DDM alike."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -5,8 +5,6 @@ is standard normal at every r if the data are that Gaussian, and the flow stands
 w, where only what is not Gaussian moves, and only its divergence needs probes; the Gaussian's part is exact.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Likelihoods from one network pass (identity 1), as bounds on code lengths where the data lie on a grid."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

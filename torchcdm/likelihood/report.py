@@ -1,7 +1,5 @@
 """The likelihood report: every row of one model on one data set, and whether the headline is to be believed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """How data are scored: the choices that all likelihoods share, and the checks of what they are given."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Classification diffusion: densities, scores and denoisers from one classifier of noise levels."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

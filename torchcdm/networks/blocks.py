@@ -1,7 +1,5 @@
 """Building blocks of the convolutional networks; attention is written out, so that it is twice differentiable."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The encoder-only network: the backward pass plays the part of a U-Net's decoder."""
 
-from __future__ import annotations
-
 import math
 from typing import final
 

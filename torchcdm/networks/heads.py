@@ -1,7 +1,5 @@
 """Heads: from pooled features (B, features) to one number a noise level, in float32 or better."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Annotated, Literal, TypeVar, final
 

@@ -1,7 +1,5 @@
 """Networks for vectors, such as rows of a table: the classifier and the time-conditioned baseline."""
 
-from __future__ import annotations
-
 from typing import final
 
 import torch

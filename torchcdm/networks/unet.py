@@ -1,7 +1,5 @@
 """The DDPM U-Net, as a classifier of noise levels (the paper's CDM) and as a denoiser (its DDM baseline)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, final

@@ -1,7 +1,5 @@
 """The one form of all that is saved: a JSON file with a version, a kind and checksums, and tensors beside it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

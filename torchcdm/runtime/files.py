@@ -1,7 +1,5 @@
 """One writer for every file: a crash leaves no half of one, and what is not ours is not replaced."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import json

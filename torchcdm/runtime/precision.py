@@ -1,8 +1,6 @@
 """Precision: that of products of float32, which a user may have lowered and measurements raise again; and constants
 that stay exact when the network around them changes its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial

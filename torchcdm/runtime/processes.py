@@ -1,7 +1,5 @@
 """Devices by name; processes that share a training step or the samples of a measurement; bars; batches and memory."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -1,7 +1,5 @@
 """The one way in which files are opened: regular files only, and one line for whatever is wrong with them."""
 
-from __future__ import annotations
-
 import os
 import stat
 import warnings

@@ -1,7 +1,5 @@
 """Values checked by their annotations: the arguments of constructors, and the settings that are derived from them."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

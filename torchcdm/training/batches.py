@@ -1,8 +1,6 @@
 """What one training step sees, samples and noise, as functions of (seed, step) alone: a resumed run needs no state,
 and several processes draw what one would draw for the joint batch, of which each takes its slice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache

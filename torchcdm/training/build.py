@@ -1,7 +1,5 @@
 """From a configuration to objects: names become classes by the registries of :mod:`torchcdm.training.settings`."""
 
-from __future__ import annotations
-
 import copy
 import os
 import runpy

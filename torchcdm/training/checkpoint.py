@@ -1,7 +1,5 @@
 """What lies on the disk: a trained model with what ``config.json`` says of it, and what a training goes on from."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

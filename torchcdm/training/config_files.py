@@ -1,7 +1,5 @@
 """Where settings come from, weakest first: their defaults, a preset, a YAML file, flags."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

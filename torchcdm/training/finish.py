@@ -8,8 +8,6 @@ as it is for the true densities. Constants added to the logits that minimise the
 gradient in x, and so no sample, changes. The errors of all levels add up in log p_0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from copy import deepcopy

@@ -4,8 +4,6 @@ The preset ``encoder`` scales itself to the images and to the time. A network th
 the time is too large for it, whatever it would reach later.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import tempfile

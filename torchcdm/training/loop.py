@@ -1,7 +1,5 @@
 """Training: a loop over steps on accelerate, that can be killed at any moment and goes on bit for bit."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Optimisers by name with their learning rate, and Muon for the hidden layers of a network."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import final

@@ -1,7 +1,5 @@
 """The files of a run: where they are, whose they are, and the step log."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

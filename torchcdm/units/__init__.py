@@ -6,8 +6,6 @@ each dimension, and :math:`\log p(x) = \log p(z) + \log|dz/dx|`. Grey level k ow
 (times the bin), so that rounding is the inverse of dequantisation.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torchcdm.errors import UserError, reason

@@ -1,7 +1,5 @@
 """Values on a lattice, each with a cell of its own: dequantisation spreads them over it, rounding takes them back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """What a log-likelihood is measured in, and that of a normal distribution."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ is standard normal under the sinh-arcsinh distribution (Jones and Pewsey, Biomet
 :math:`\delta` below 1 for heavy tails. Before it, x becomes its logarithm where that is more nearly normal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 

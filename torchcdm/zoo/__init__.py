@@ -1,7 +1,5 @@
 """Small trained models that ship with the package, and where a model is that a name stands for."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

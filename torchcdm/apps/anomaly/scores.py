@@ -8,8 +8,6 @@ distance and of the mean the softplus counts: nearer or likelier than usual earn
 models are those of profiles and log posteriors of the classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """How far each estimate of a log ratio is followed: as far as held-out samples bear it out."""
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import betaincinv, expit, logit

@@ -5,8 +5,6 @@ which changes no ratio. Beside them each side has bent variates: directions of x
 products of the two, that correlate most with such directions of y. Rotations by the length are nearly linear there.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What log ratios tell of two data sets as a whole: divergences, mutual information, whether these differ."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
