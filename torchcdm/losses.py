@@ -109,7 +109,6 @@ class CDMLoss(Loss):
     """
 
     model: ClassificationDiffusion
-    logits_share: Tensor
 
     @checked
     def __init__(
@@ -124,7 +123,7 @@ class CDMLoss(Loss):
         self.ce_weight, self.mse_weight = ce_weight, mse_weight
         self.time_weight, self.logits_from = time_weight, logits_from
         # The share of these weights that counts now. A tensor, not a number: torch.compile would compile anew for it.
-        self.register_buffer("logits_share", torch.ones(()), persistent=False)
+        self.logits_share = nn.Buffer(torch.ones(()), persistent=False)
         # Whether it is above 0: to ask the tensor would wait for the GPU, and breaks the compiler's graph.
         self.logits_count = True
 

@@ -41,8 +41,6 @@ class Combination(DensityModel):
     shapes, or exponents whose sum is not positive: no density then.
     """
 
-    weights: Tensor
-
     def __init__(self, experts: Experts, weights: Tensor, mixture: bool = False) -> None:
         models = list(dict.fromkeys(model for model, _ in experts))
         first = models[0]
@@ -60,7 +58,7 @@ class Combination(DensityModel):
         self.composed = not mixture or any(model.composed for model in models)
         self.experts = [(models.index(model), y) for model, y in experts]
         weights = weights.double().to(base.schedule.alpha.device)
-        self.register_buffer("weights", weights[:, None], persistent=False)
+        self.weights = nn.Buffer(weights[:, None], persistent=False)
 
     def corrections(self, x_t: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_p = torch.stack(self._log_densities(x_t), 1)

@@ -26,15 +26,11 @@ class CoarseData(nn.Module):
     In model units.
     """
 
-    means: Tensor
-    directions: Tensor
-    positions: Tensor
-
     def __init__(self, means: Tensor, directions: Tensor, positions: Tensor) -> None:
         super().__init__()
-        self.register_buffer("means", means.half())  # enough for a start, and small in a file
-        self.register_buffer("directions", directions.half())
-        self.register_buffer("positions", positions.half())
+        self.means = nn.Buffer(means.half())  # enough for a start, and small in a file
+        self.directions = nn.Buffer(directions.half())
+        self.positions = nn.Buffer(positions.half())
 
     @classmethod
     def blank(cls, dim: int, classes: int = 0) -> CoarseData:

@@ -47,12 +47,10 @@ class Rotation(Float64Module):
 class MatrixRotation(Rotation):
     """Any basis, its vectors the columns of a matrix (..., d, d): the eigenvectors of a covariance."""
 
-    matrix: Tensor
-
     def __init__(self, shape: Sequence[int], matrix: Tensor) -> None:
         super().__init__(shape)
         # eigh gives a transposed layout and a loaded state a plain one: products would differ in the last bit.
-        self.register_buffer("matrix", matrix.double().contiguous())
+        self.matrix = nn.Buffer(matrix.double().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) @ self.matrix
@@ -99,14 +97,11 @@ class GaussianMarginals(BaseDensity):
     (K, d, d); what the methods give has the axis K in front then. ``classes`` may have Gaussians of their own.
     """
 
-    mean: Tensor
-    variances: Tensor
-
     def __init__(self, schedule: NoiseSchedule, mean: Tensor, variances: Tensor, rotation: Rotation) -> None:
         super().__init__(schedule)
         self.rotation, self.classes = rotation, nn.ModuleList()
-        self.register_buffer("mean", mean.double())
-        self.register_buffer("variances", variances.double())
+        self.mean = nn.Buffer(mean.double())
+        self.variances = nn.Buffer(variances.double())
 
     @property
     def gaussian(self) -> GaussianMarginals:

@@ -14,7 +14,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from torchcdm.diffusion.base import BaseDensity
@@ -43,7 +43,6 @@ class MixtureMarginals(BaseDensity):
     Each class may have weights of its own: no gradient and no smooth function sees those of modes far from each other.
     """
 
-    log_weights: Tensor
     class_log_weights: Tensor | None
 
     def __init__(
@@ -59,7 +58,7 @@ class MixtureMarginals(BaseDensity):
         # Images are rotated once for all components.
         self.rotation = DIAGONAL["cosine" if len(shape) > 1 else "diagonal"](shape).to(means.device)
         self.parts = GaussianMarginals(schedule, means[:, None], variances[:, None], basis)
-        self.register_buffer("log_weights", (weights / weights.sum()).double().log())
+        self.log_weights = nn.Buffer((weights / weights.sum()).double().log())
         self.register_buffer("class_log_weights", None)
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.precision import Float64Module
@@ -41,9 +41,6 @@ class NoiseSchedule(Float64Module, ABC):
         sigma: Noise scale, float64, shape (T+2,).
     """
 
-    alpha: Tensor
-    sigma: Tensor
-
     @checked
     def __init__(self, T: Levels = 200) -> None:
         super().__init__()
@@ -54,8 +51,8 @@ class NoiseSchedule(Float64Module, ABC):
             what = f"alpha and sigma of shape ({T},), both positive, and sigma / alpha rising from level to level"
             raise UserError(f"schedule: inner_levels must give {what}")
         one, zero = alpha.new_ones(1), alpha.new_zeros(1)
-        self.register_buffer("alpha", torch.cat([one, alpha, zero]), persistent=False)
-        self.register_buffer("sigma", torch.cat([zero, sigma, one]), persistent=False)
+        self.alpha = nn.Buffer(torch.cat([one, alpha, zero]), persistent=False)
+        self.sigma = nn.Buffer(torch.cat([zero, sigma, one]), persistent=False)
 
     @abstractmethod
     def inner_levels(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,14 +43,13 @@ class ClassificationDiffusion(Float64Module, DensityModel):
     """
 
     log_class_prior: Tensor | None
-    level_constants: Tensor
 
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
         gaussian: BaseDensity | None = None, class_prior: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(schedule, transform, backbone, StandardNormal(schedule) if gaussian is None else gaussian)
-        self.register_buffer("level_constants", torch.zeros(schedule.T + 2))
+        self.level_constants = nn.Buffer(torch.zeros(schedule.T + 2))
         if self.joint:
             prior = torch.ones(self.classes or 1) if class_prior is None else torch.as_tensor(class_prior)
             fits = prior.shape == (self.classes or 1,) and bool((prior >= 0).all()) and float(prior.sum()) > 0

@@ -115,8 +115,6 @@ class JointHead(Head):
     levels. Arguments as in :class:`CumulativeHead`.
     """
 
-    weights: Tensor
-
     @checked
     def __init__(self, features: Count, levels: Count, classes: Annotated[Int, Ge(2)]) -> None:
         super().__init__()
@@ -126,7 +124,7 @@ class JointHead(Head):
         distance = (position - torch.arange(self.knots, dtype=torch.float64)[:, None]).abs()
         # Accumulated once here: the sum over levels is linear, and (classes, T+2) outputs are the costly part.
         accumulated = from_the_noise((1 - distance).clamp_min(0))
-        self.register_buffer("weights", REFERENCE_STEPS / (levels - 1) * accumulated, persistent=False)
+        self.weights = nn.Buffer(REFERENCE_STEPS / (levels - 1) * accumulated, persistent=False)
         self.linear = from_zero(_Linear(features, classes * self.knots))
 
     def levels_of(self, features: Tensor) -> Tensor:

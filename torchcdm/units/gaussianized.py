@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchcdm.errors import UserError
 from torchcdm.units.affine import DataTransform, floating
@@ -36,7 +36,6 @@ class GaussianizedTransform(DataTransform):
     """
 
     gaussianized = True
-    cumulative: Tensor
 
     def __init__(self, shape: Sequence[int], bin: float | None, low: float | None, high: float | None) -> None:
         super().__init__(shape, bin=bin, low=low, high=high)
@@ -47,7 +46,7 @@ class GaussianizedTransform(DataTransform):
             raise UserError(f"gaussianized data: grey levels from {low:g} to {high:g} by {bin:g} are too many")
         levels = round(steps) + 1
         uniform = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
-        self.register_buffer("cumulative", uniform.expand(*self.shape, -1).contiguous())
+        self.cumulative = nn.Buffer(uniform.expand(*self.shape, -1).contiguous())
 
     @classmethod
     def fit(cls, transform: DataTransform, batches: Iterable[Tensor], flip: bool = False) -> GaussianizedTransform:
