@@ -6,6 +6,7 @@ from oracles import normal
 from sklearn.base import clone
 
 from torchcdm import DensityRatio
+from torchcdm.data import DataOptions
 from torchcdm.errors import UserError
 
 
@@ -84,3 +85,5 @@ def test_a_loaded_ratio_can_be_fitted_again_with_its_settings(tmp_path):
     assert np.array_equal(again.fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))
     assert again.overrides == {"steps": 2, "data": data} and again.discrete == "error"
     assert again.held_out.denominator == 18
+    named = DensityRatio(3, device="cpu", steps=2, discrete="error", data=DataOptions(validation_fraction=0.3))
+    assert np.array_equal(named.fit(x + 1, x).log_ratio(x), ratio.log_ratio(x))

@@ -135,11 +135,14 @@ def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
     assert "calibrated on 100 held-out samples" in told and "warning" not in told
     told = score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "good.csv")
     assert "calibrated on 150 samples" in told and "warning: the model was trained on this reference" in told
+    shutil.copy(tmp_path / "good.csv", tmp_path / "copy.csv")
+    told = score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "copy.csv")
+    assert "warning: the model was trained on this reference" in told
 
 
 def test_splits_in_folders_of_their_own_are_held_out(tmp_path):
     photos, digits = (
-        SimpleNamespace(info=SimpleNamespace(data=DataOptions(spec)))
+        SimpleNamespace(info=SimpleNamespace(data=DataOptions(spec), fingerprint=None))
         for spec in (f"folder:{tmp_path}/photos", "digits")
     )
     for path in ("photos", "photos/train", "photos/a.png", "."):

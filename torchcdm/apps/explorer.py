@@ -19,6 +19,7 @@ from torchcdm.apps.plots import row_of_axes
 from torchcdm.data.images import resize
 from torchcdm.data.outputs import sheet
 from torchcdm.errors import UserError, needed
+from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import stream
 from torchcdm.units import TableEncoding
@@ -150,7 +151,7 @@ class Explorer:
         z = transform(x.to(schedule.alpha.device, torch.float32))
         x_t = schedule.perturb(z, t, torch.randn(z.shape, generator=stream(0, "explorer")).to(z))
         with torch.no_grad():
-            x_0 = self.model.denoise(x_t.to(next(self.model.parameters()).dtype), t).x0
+            x_0 = self.model.denoise(x_t.to(working_dtype(self.model, x_t.dtype)), t).x0
         return transform.inverse(x_t).cpu().float(), transform.inverse(x_0).cpu().float()
 
     def samples(

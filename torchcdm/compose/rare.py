@@ -10,6 +10,7 @@ The error is estimated by the descendants of the first particles (Lee and Whitel
 
 import math
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Annotated, final
 
 import torch
@@ -123,8 +124,7 @@ def climb(
     states, weights = found.states, found.log_weights.softmax(1) * found.log_estimates.softmax(0)[:, None]
     first = torch.bincount(states.origin, weights.flatten())
     jumps, step, log_p, spurious, thresholds = _Jumps(counted, kernels, states), FIRST_STEP, 0.0, 0.0, []
-    bar = progress_bar(None, "thresholds", progress)
-    while True:
+    for _ in progress_bar(count(), "thresholds", progress):
         values = event(states.x)
         # The highest value above which there is KEEP of the weight; with ties less may be above it.
         ordered, index = values.sort(descending=True)
@@ -137,7 +137,6 @@ def climb(
             raise UserError(f"probability: no particle is above {least:.6g}, the largest value found: {why}")
         log_p, weights = log_p + math.log(share), weights * alive.view(2, -1) / share
         thresholds.append(least)
-        bar.update()
         if least >= threshold:
             break
         if log_p < math.log(LEAST):

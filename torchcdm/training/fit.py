@@ -231,7 +231,7 @@ def _prepared(
 ) -> tuple[DataSource, list[dict[str, Any]]]:
     """The data, and the fields of preset and overrides, whose SPEC is that of the data; others without effect fail."""
     layer, from_files = override_fields(overrides, caller), isinstance(data, (str, Path))
-    given = encode(layer.get("data", {}))
+    given = layer.get("data", {})
     asked = read_as(DataOptions, given, "data")
     unused = ("spec",) if from_files else OF_FILES
     if isinstance(data, DataSource):
@@ -267,7 +267,7 @@ def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[s
     for name, value in overrides.items():
         if name not in sections | training:
             raise UserError(f"{caller}: unknown override '{name}'; {nearest(name, sections | training)}")
-        layer = merge(layer, {name: value} if name in sections else {"train": {name: value}})
+        layer = merge(layer, {name: encode(value)} if name in sections else {"train": {name: value}})
     return layer
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
-from torchcdm.data import MemorySplit
+from torchcdm.data import MemorySplit, fingerprint, spec_of
 from torchcdm.data.folders import SPLIT_NAMES
 from torchcdm.errors import UserError, nearest, warn
 from torchcdm.models.denoiser import Denoiser
@@ -192,10 +193,16 @@ def normal_data(
 
 
 def trained_on(model: Denoiser, paths: Sequence[str | Path]) -> bool:
-    """Whether some of the files or folders are what a model of known data was trained on, part of that, or around it;
-    folders of that which are its validation and test splits are not."""
+    """Whether some of the files or folders are what a model of known data was trained on, a copy, part of that, or
+    around it; folders of that which are its validation and test splits are not."""
     root = Path(os.path.realpath(str(model.info.data.spec).partition(":")[2] or os.devnull))
     others = {(name,) for split in ("validation", "test") for name in SPLIT_NAMES[split]}
     given = [Path(os.path.realpath(path)) for path in paths]
     within = [path.relative_to(root).parts[:1] for path in given if path.is_relative_to(root)]
-    return any(part not in others for part in within) or any(root.is_relative_to(path) for path in given)
+    if any(part not in others for part in within) or any(root.is_relative_to(path) for path in given):
+        return True
+    for path in paths if model.info.fingerprint else ():
+        with suppress(UserError):
+            if fingerprint(model.info.read_source(model, spec_of(path))) == model.info.fingerprint:
+                return True
+    return False

@@ -31,9 +31,9 @@ from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import evenly_spaced, permutation
 from torchcdm.runtime.artefact import read_artefact
-from torchcdm.runtime.validation import Seed, checked, read_as
+from torchcdm.runtime.validation import Seed, checked, encode, read_as
 from torchcdm.training.checkpoint import KINDS, load, save
-from torchcdm.training.config_files import make_config, preset_fields
+from torchcdm.training.config_files import differences, make_config, preset_fields
 from torchcdm.training.fit import override_fields, trained, usual_preset
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.units import ColumnTransform, DataTransform, transform_from_config
@@ -122,10 +122,10 @@ class DensityRatio:
 
     @property
     def _options(self) -> DataOptions:
-        data = override_fields(self.overrides).get("data", {})
-        options = read_as(DataOptions, data, "data")
-        if unused := sorted(data.keys() - OF_DATA):
-            raise UserError(f"data.{unused[0]} has no effect on a ratio; change the data that you give instead")
+        options = read_as(DataOptions, override_fields(self.overrides).get("data", {}), "data")
+        for name, *_ in differences(encode(options), encode(DataOptions())):
+            if name not in OF_DATA:
+                raise UserError(f"data.{name} has no effect on a ratio; change the data that you give instead")
         return replace(options, seed=self.random_state)
 
     def fit(self, numerator: Any, denominator: Any, query: Any = None) -> DensityRatio:
@@ -161,7 +161,8 @@ class DensityRatio:
         config = make_config(fields, short, LAYER, train, override_fields(self.overrides))
         limit = config.train.max_seconds or math.inf
         # Coordinates are for two Gaussians; another base that is asked for has to find the data as they are.
-        as_given = pair.warp is None or {"components", "gaussian"} & dict(self.overrides.get("model", {})).keys()
+        asked = override_fields(self.overrides).get("model", {})
+        as_given = pair.warp is None or any(asked.get(name) is not None for name in ("components", "gaussian"))
         source, self._steps = (pair.source, {}) if as_given else _in_coordinates(pair, began + limit / 4)
         x, y = _once(pair, "validation")
         held_out = [x[y == label] for label in (1, 0)]
