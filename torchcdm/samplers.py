@@ -53,21 +53,13 @@ class Step:
 
 
 class Sampler(ABC):
-    """One rule for a step from level t to level s < t. Holds settings, never a state.
+    """One rule for a step from level t to level s < t. Holds settings, never a state."""
 
-    Attributes:
-        evaluations: Denoiser evaluations in a step; the step to level 0 always takes one.
-        spacing: Where the steps are unless a caller says: ``even`` over the levels, or ``adaptive``.
-        weight: Power of r that weighs the error of a step when steps are placed, see :func:`adaptive_levels`.
-        stochastic: Whether a step adds fresh noise.
-        memory: Number of levels before this one that a step uses.
-    """
-
-    evaluations: ClassVar[int] = 1
-    spacing: ClassVar[Literal["even", "adaptive"]] = "even"
-    weight: ClassVar[float] = 0.0
-    stochastic: bool = False
-    memory: int = 0
+    evaluations: ClassVar[int] = 1  # of the denoiser in a step; the step to level 0 always takes one
+    spacing: ClassVar[Literal["even", "adaptive"]] = "even"  # where the steps are, unless a caller says
+    weight: ClassVar[float] = 0.0  # power of r that weighs a step's error where steps are placed, see adaptive_levels
+    stochastic: bool = False  # whether a step adds fresh noise
+    memory: int = 0  # number of levels before this one that a step uses
 
     def step(self, step: Step) -> tuple[Tensor, tuple[Visited, ...]]:
         """x_s, (B, *shape), which is E[x_0 | x_t] at level 0, and what the next step may use.

@@ -26,17 +26,11 @@ from torchcdm.runtime.processes import Rows, map_rows
 
 
 class Evaluated(NamedTuple):
-    """What a target says of x_t, all float64.
+    """What a target says of x_t, all float64."""
 
-    Attributes:
-        log_gamma: log gamma_t(x_t), nats in model units, (B,); -inf where the target has no mass.
-        eps: -sigma_t times its gradient, (B, *shape): a drift to propose along, mended by accept-reject and weights.
-        levels: log gamma at every level, (B, T+2), where the same pass tells; None elsewhere.
-    """
-
-    log_gamma: Tensor
-    eps: Tensor
-    levels: Tensor | None = None
+    log_gamma: Tensor  # log gamma_t(x_t), nats in model units, (B,); -inf where the target has no mass
+    eps: Tensor  # -sigma_t times its gradient, (B, *shape): a drift for proposals, mended by accept-reject and weights
+    levels: Tensor | None = None  # log gamma at every level, (B, T+2), where the same pass tells; None elsewhere
 
 
 class Target(ABC):

@@ -25,17 +25,11 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601 weights of red, green and blue, as in 
 
 
 class ImageInfo(NamedTuple):
-    """What an image file holds, read from its header.
+    """What an image file holds, read from its header."""
 
-    Attributes:
-        channels: Grey 1, grey and alpha 2, colour 3, colour and alpha 4; anything in .npy files.
-        size: Height and width in pixels, as the image is meant to be seen (EXIF orientation applied).
-        high: Largest value of an unsigned integer file, 255 or 65535; None for floats.
-    """
-
-    channels: int
-    size: Size
-    high: int | None
+    channels: int  # grey 1, grey and alpha 2, colour 3, colour and alpha 4; anything in .npy files
+    size: Size  # height and width in pixels, as the image is meant to be seen (EXIF orientation applied)
+    high: int | None  # largest value of an unsigned integer file, 255 or 65535; None for floats
 
     @property
     def grid(self) -> tuple[int, int] | None:

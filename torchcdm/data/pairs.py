@@ -36,20 +36,14 @@ PAIR = "numerator / denominator"  # what messages call both
 
 @dataclass(frozen=True)
 class Pair:
-    """Numerator and denominator, ready for training.
+    """Numerator and denominator, ready for training."""
 
-    Attributes:
-        source: Labels 0 for the denominator, 1 for the numerator; as many of each, the smaller data set repeated: the
-            first ones of a class are all of its samples, and then they come back.
-        counts: Samples of denominator and numerator as they were given.
-        held_out: How many of each are held out.
-        warp: What brings the codes of a table, or of vectors, to the units of ``source``; None for images.
-    """
-
+    # Labels 0 for the denominator, 1 for the numerator; as many of each, the smaller data set repeated: the first ones
+    # of a class are all of its samples, and then they come back.
     source: DataSource
-    counts: tuple[int, int]
-    held_out: tuple[int, int]
-    warp: ColumnTransform | None
+    counts: tuple[int, int]  # samples of denominator and numerator as they were given
+    held_out: tuple[int, int]  # how many of each are held out
+    warp: ColumnTransform | None  # brings codes of a table, or vectors, to the units of ``source``; None for images
 
 
 def pair_up(

@@ -231,19 +231,13 @@ class DataSource:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a reader gives: fields as of :class:`DataSource`, and
-
-    Attributes:
-        parts: The split ``train``, and ``validation`` and ``test`` where the data have them.
-        grid: Grey levels; None for continuous data.
-        table: What the codes of a table are; None elsewhere.
-    """
+    """What a reader gives. Fields without a comment are as of :class:`DataSource`."""
 
     name: str
-    parts: dict[str, Split]
-    grid: Grid | None = None
+    parts: dict[str, Split]  # the split ``train``, and ``validation`` and ``test`` where the data have them
+    grid: Grid | None = None  # grey levels; None for continuous data
     class_names: tuple[str, ...] | None = None
-    table: TableEncoding | None = None
+    table: TableEncoding | None = None  # what the codes of a table are; None elsewhere
     notes: tuple[str, ...] = ()
 
 

@@ -27,20 +27,13 @@ EXACT_DIMENSIONS = 16  # up to here the divergence is the exact trace, above the
 
 @dataclass(frozen=True)
 class FlowResult:
-    """Log densities by the probability flow, and how far they can be trusted.
+    """Log densities by the probability flow, and how far they can be trusted."""
 
-    Attributes:
-        path: log density at each of the ``levels``, which rise to T, nats in model units, (levels, B).
-        one_pass: The same by one pass of the network, nan for a denoiser without density.
-        probe_gap: Difference between the two independent halves of the probes, (B,); 0 with an exact divergence.
-        start_kl_bound: Upper bound on KL(p_T || start Gaussian), nats: the error that no steps or probes remove.
-    """
-
-    levels: list[int]
-    path: Tensor
-    one_pass: Tensor
-    probe_gap: Tensor
-    start_kl_bound: float
+    levels: list[int]  # rising to T
+    path: Tensor  # log density at each of these, nats in model units, (levels, B)
+    one_pass: Tensor  # the same by one pass of the network, nan for a denoiser without density
+    probe_gap: Tensor  # difference between the two independent halves of the probes, (B,); 0 with an exact divergence
+    start_kl_bound: float  # upper bound on KL(p_T || start Gaussian), nats: the error that no steps or probes remove
 
     @property
     def log_prob(self) -> Tensor:

@@ -44,30 +44,21 @@ TRAINING = 5000  # training samples that say what is usual, at most
 
 @dataclass(frozen=True)
 class LogZ:
-    """An estimate of log Z, nats, of the density of samples of ``dim`` dimensions at a ``level``.
+    """An estimate of log Z, nats, of the density of samples of ``dim`` dimensions at a ``level``."""
 
-    Attributes:
-        value: Logarithm of the estimate of Z, of standard error ``se``; half a 95 % interval are ``width`` of these.
-        estimator: How it was obtained.
-        x: Draws of the normalised density at the level, model units, (n, *shape); None where there are none.
-        check: A second estimate: by MBAR on the states of replica exchange, which checks the works.
-        convergence: Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are
-            apart in standard errors, and shares of swaps accepted.
-        doubt: Why the estimate is not to be used, a clause; empty where nothing speaks against it.
-        restricted: Of a restricted density: what integrates to one, for any input.
-    """
-
-    value: float
-    se: float
-    estimator: str
+    value: float  # logarithm of the estimate of Z
+    se: float  # its standard error
+    estimator: str  # how it was obtained
     level: int
     dim: int
-    x: Tensor | None = None
-    check: LogZ | None = None
+    x: Tensor | None = None  # draws of the normalised density at the level, model units, (n, *shape), if there are any
+    check: LogZ | None = None  # a second estimate: by MBAR on the states of replica exchange, which checks the works
+    # Of replica exchange: estimates by start and by quarter of the run, bits/dim, how far they are apart in standard
+    # errors, and shares of swaps accepted.
     convergence: dict[str, Any] | None = None
-    doubt: str = ""
-    restricted: Restricted | None = None
-    width: float = 1.96
+    doubt: str = ""  # why the estimate is not to be used, a clause; empty where nothing speaks against it
+    restricted: Restricted | None = None  # of a restricted density: what integrates to one, for any input
+    width: float = 1.96  # half a 95 % interval, in standard errors
 
     @classmethod
     def of_weights(cls, log_weights: Tensor, estimator: str, level: int, dim: int) -> LogZ:

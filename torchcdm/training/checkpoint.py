@@ -43,28 +43,18 @@ Transform = Annotated[
 
 @validated
 class ModelInfo:
-    """What ``config.json`` says of the weights beside it.
+    """What ``config.json`` says of the weights beside it."""
 
-    Attributes:
-        preset: Name of the preset, if any.
-        model: Kind, network and schedule, resolved.
-        transform: Data units to model units; of a table with its columns.
-        data: What it was trained on, to find the same splits again.
-        fingerprint: Of that data, as of :func:`torchcdm.data.fingerprint`; None where nothing was trained.
-        selected: ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the
-            best, or ``{"value": "last", "step"}``.
-        class_names: Names of the classes of the data; None without labels.
-        estimator: What an estimator adds to its model, plain values; None in a run.
-    """
-
-    preset: str | None
-    model: ModelConfig
-    transform: Transform
-    data: DataOptions
+    preset: str | None  # name of the preset, if any
+    model: ModelConfig  # kind, network and schedule, resolved
+    transform: Transform  # data units to model units; of a table with its columns
+    data: DataOptions  # what it was trained on, to find the same splits again
+    # ``{"value": "nll", "unit", "best", "step"}``: the validation value that named these weights the best, or
+    # ``{"value": "last", "step"}``.
     selected: dict[str, str | int | float]
-    class_names: tuple[str, ...] | None = None
-    fingerprint: str | None = None
-    estimator: dict[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None  # names of the classes of the data; None without labels
+    fingerprint: str | None = None  # of the data, as of torchcdm.data.fingerprint; None where nothing was trained
+    estimator: dict[str, Any] | None = None  # what an estimator adds to its model, plain values; None in a run
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -240,18 +230,17 @@ PARTS = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")  # fil
 
 @validated
 class Progress:
-    """Counters, in ``progress.json``: ``stale`` counts validations since the best, ``window`` has sums of loss terms
-    since the last line of the log, ``data`` the fingerprint of the data, ``config`` the resolved configuration."""
+    """Counters, in ``progress.json``."""
 
     step: CountOrZero
     ema_updates: CountOrZero
     seconds: NotNegative
     skipped: CountOrZero
     best: Best | None
-    stale: CountOrZero
-    window: dict[str, Float | None]
-    data: str
-    config: dict[str, Any]
+    stale: CountOrZero  # validations since the best
+    window: dict[str, Float | None]  # sums of loss terms since the last line of the log
+    data: str  # fingerprint of the data
+    config: dict[str, Any]  # the resolved configuration
 
 
 class TrainingState(NamedTuple):

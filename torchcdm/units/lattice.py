@@ -25,17 +25,11 @@ LARGE_SHARE = 0.1
 
 
 class Cells(NamedTuple):
-    """What has a probability in a column.
+    """What has a probability in a column."""
 
-    Attributes:
-        values: The values, rising.
-        width: Width of the cell of each.
-        mixed: Whether there are other numbers too, which have a density.
-    """
-
-    values: tuple[float, ...]
-    width: float
-    mixed: bool = False
+    values: tuple[float, ...]  # rising
+    width: float  # of the cell of each
+    mixed: bool = False  # whether there are other numbers too, which have a density
 
 
 def discrete_values(x: np.ndarray, name: str) -> tuple[float, ...] | None:

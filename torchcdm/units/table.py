@@ -41,37 +41,23 @@ LARGEST = 1e150  # deviation of a column, at most, and one over it, at least: be
 
 @validated
 class Column:
-    """One column: what its cells are, and their codes.
+    """One column: what its cells are, and their codes."""
 
-    Attributes:
-        name: As in the table.
-        kind: ``number``, ``category``, ``boolean`` or ``date``, which is the number of days since 1970.
-        levels: Texts of a category or boolean by code, False and True of mixed spellings; the empty one is missing.
-        values: Numbers that have a probability, rising: all of a column of few values, frequent ones of another.
-        mixed: Whether there are other numbers beside them, or numbers beside missing cells.
-        missing: Whether training has missing numbers.
-        cell: Width of the cell of each value and of missing numbers.
-        least: The least number in training.
-        offset: Subtracted from all numbers.
-        decimals: Most decimals of a number; None where they are many.
-        thousands: Mark between thousands in texts: the comma, the point or none.
-        day_first: Whether ``3/4/2024`` is in April.
-        zone: Time zone of dates that have one.
-    """
-
-    name: str
-    kind: Kind
+    name: str  # as in the table
+    kind: Kind  # a date is the number of days since 1970
+    # Texts of a category or boolean by code, False and True of mixed spellings; the empty one is missing.
     levels: tuple[str, ...] = ()
+    # Numbers that have a probability, rising: all of a column of few values, frequent ones of another.
     values: tuple[Float, ...] = ()
-    mixed: bool = True
-    missing: bool = False
-    cell: Positive = 1.0
-    least: Float = 0.0
-    offset: Float = 0.0
-    decimals: CountOrZero | None = None
-    thousands: Thousands = ","
-    day_first: bool = False
-    zone: str | None = None
+    mixed: bool = True  # whether there are other numbers beside them, or numbers beside missing cells
+    missing: bool = False  # whether training has missing numbers
+    cell: Positive = 1.0  # width of the cell of each value and of missing numbers
+    least: Float = 0.0  # the least number in training
+    offset: Float = 0.0  # subtracted from all numbers
+    decimals: CountOrZero | None = None  # most decimals of a number; None where they are many
+    thousands: Thousands = ","  # mark between thousands in texts: the comma, the point or none
+    day_first: bool = False  # whether ``3/4/2024`` is in April
+    zone: str | None = None  # time zone of dates that have one
 
     @property
     def codes(self) -> tuple[float, ...]:
@@ -151,14 +137,10 @@ class Encoded(NamedTuple):
 
 @validated
 class TableEncoding:
-    """What becomes of a table before a model sees it. Plain values, which are saved with the model.
+    """What becomes of a table before a model sees it. Plain values, which are saved with the model."""
 
-    Attributes:
-        columns: All columns of the table that are used.
-        constants: Codes of those that are constant in training, by name: the model does not see them.
-    """
-
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...]  # all columns of the table that are used
+    # Codes of those that are constant in training, by name: the model does not see them.
     constants: Mapping[str, Float] = field(default_factory=dict)
 
     @classmethod
