@@ -1,4 +1,4 @@
-"""Writes the pages of commands and settings: from the parsers, and from types, ranges and docstrings.
+"""Writes the pages of commands and settings: from the parsers, and from types, ranges, docstrings and comments.
 
 The site does it whenever it is built (``make docs``); ``python docs/write_reference.py`` does it alone.
 """
@@ -58,7 +58,7 @@ def range_text(metadata: Any) -> str:
 
 
 def argument_texts(kind: type) -> dict[str, str]:
-    """Descriptions of arguments or attributes in the docstrings of a class and its bases, by name."""
+    """Descriptions of arguments in the docstrings of a class and its bases, by name."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         entries = re.findall(r"^ {4}(\w+): ((?:.+\n?)(?: {6,}.+\n?)*)", inspect.getdoc(base) or "", re.MULTILINE)
@@ -66,11 +66,17 @@ def argument_texts(kind: type) -> dict[str, str]:
     return texts
 
 
+def field_texts(kind: type) -> dict[str, str]:
+    """Descriptions of the fields of a class by name: their ``#:`` comments, on the lines above or at the end."""
+    fields = re.findall(r"^((?: {4}#: .+\n)*) {4}(\w+): .+?(?:  #: (.+))?$", inspect.getsource(kind), re.MULTILINE)
+    return {name: " ".join(f"{above} {end}".replace("#:", "").split()) for above, name, end in fields}
+
+
 def table(kind: Any, path: str, described: type | None = None) -> Iterator[str]:
-    """The fields of a section, a row each, with the descriptions in the docstring of ``described``."""
+    """The fields of a section, a row each; those of a constructor's arguments are ``described`` in its class."""
     what = re.sub(r"^:class:`(.*)`$", r"Arguments of `\1`.", kind.__doc__.strip().splitlines()[0])
     yield f"\n## {path}\n\n{what}\n\n| field | value | default | meaning |\n|---|---|---|---|\n".replace("``", "`")
-    texts = argument_texts(described or kind)
+    texts = argument_texts(described) if described else field_texts(kind)
     for name, field in kind.__pydantic_fields__.items():
         if hasattr(field.default, "__pydantic_fields__"):
             continue

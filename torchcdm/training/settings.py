@@ -53,30 +53,25 @@ globals().update({kind.__name__: kind for kind in (*BACKBONES.values(), *SCHEDUL
 
 @validated
 class ModelConfig:
-    """What is trained.
+    """What is trained."""
 
-    Attributes:
-        kind: ``cdm``, or ``ddm``: the plain denoising diffusion baseline.
-        labels: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes
-            from one pass (identity 10).
-        gaussian: Logits are a correction to a fitted Gaussian. This and the next three are chosen by the likelihood
-            of validation data where they are left out.
-        components: Number of Gaussians in the base density; above 1 for images in the form ``cosine``.
-        shrinkage: Share by which each covariance is moved towards a round one; for few samples of many numbers.
-        form: Form of the covariances: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
-        class_gaussians: For joint labels, a base Gaussian for each class, or its own weights of the ``components``.
-        backbone: The network.
-        schedule: The noise levels.
-    """
-
-    kind: Literal["cdm", "ddm"] = "cdm"
+    kind: Literal["cdm", "ddm"] = "cdm"  #: ``cdm``, or ``ddm``: the plain denoising diffusion baseline.
+    #: ``none``; ``input``: the class is an input of the network, as in the paper; ``joint``: all classes from one pass
+    #: (identity 10).
     labels: Literal["none", "input", "joint"] = "none"
+    #: Logits are a correction to a fitted Gaussian. This and the next three are chosen by the likelihood of validation
+    #: data where they are left out.
     gaussian: bool | None = None
+    #: Number of Gaussians in the base density; above 1 for images in the form ``cosine``.
     components: validation.Width | None = None
+    #: Share by which each covariance is moved towards a round one; for few samples of many numbers.
     shrinkage: validation.Share | None = None
+    #: Form of the covariances: ``full``; ``cosine``, one variance for each cosine of an image; ``diagonal``.
     form: Literal["full", "cosine", "diagonal"] | None = None
+    #: For joint labels, a base Gaussian for each class, or its own weights of the ``components``.
     class_gaussians: bool = False
-    backbone: validation.named(*BACKBONES.values()) = BACKBONES["encoder"]()
+    backbone: validation.named(*BACKBONES.values()) = BACKBONES["encoder"]()  #: The network.
+    #: The noise levels.
     schedule: validation.named(*SCHEDULE_SETTINGS.values()) = SCHEDULE_SETTINGS["uniform-sigma"]()
 
     @model_validator(mode="after")
@@ -97,123 +92,78 @@ class ModelConfig:
 
 @validated
 class TrainConfig:
-    """How it is trained.
+    """How it is trained."""
 
-    Attributes:
-        steps: Optimiser steps.
-        max_seconds: End after so much time even so, that before a resume included; the cosine is then zero at
-            whichever end comes first.
-        batch_size: Samples a step, all processes together.
-        seed: Everything random in step k is a function of this and k.
-        optimizer: ``adamw``, or ``muon``: Muon for the hidden layers, AdamW for the rest.
-        lr: Peak learning rate.
-        betas: The two decay rates of Adam.
-        weight_decay: Weight decay of AdamW and Muon.
-        warmup: Steps of linear warm-up.
-        decay: ``cosine`` to zero at the last step, ``constant``, or ``step``.
-        decay_every: Of ``step``: the steps after which the rate falls.
-        decay_factor: What it is multiplied by.
-        grad_clip: Largest norm of the gradient; None for no limit.
-        ema_decay: Decay of the averaged weights, reached by a ramp.
-        precision: ``fp32`` or ``bf16``.
-        compile: Compile the loss with torch.compile.
-        validate_every: Steps between validations of the averaged weights.
-        validation_samples: At most so many validation samples.
-        select: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; a ddm has ``mse`` alone.
-        patience: Stop after so many validations without a new best; None never stops early.
-        fallback: Keep what the training began with as the model where the trained one is worse on validation data.
-        calibration: Noisy copies of the validation split by which the constants of a cdm's levels are set at the end,
-            where that lowers the cross-entropy (:mod:`torchcdm.training.finish`); 0 leaves them as they are.
-        log_every: Steps between lines of metrics.jsonl.
-        save_every: Steps between states that a resumed run starts from.
-        sample_every: Steps between grids of samples; None for one at the end.
-        init: A run whose weights are the start, where they fit.
-    """
-
-    steps: Count = 10_000
+    steps: Count = 10_000  #: Optimiser steps.
+    #: End after so much time even so, that before a resume included; the cosine is then zero at whichever end comes
+    #: first.
     max_seconds: Positive | None = None
-    batch_size: Count = 128
-    seed: Seed = 0
+    batch_size: Count = 128  #: Samples a step, all processes together.
+    seed: Seed = 0  #: Everything random in step k is a function of this and k.
+    #: ``adamw``, or ``muon``: Muon for the hidden layers, AdamW for the rest.
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[Positive, Le(1e3)] = 1e-3
-    betas: validation.RatePair = (0.9, 0.99)
-    weight_decay: NotNegative = 0.01
-    warmup: CountOrZero = 100
+    lr: Annotated[Positive, Le(1e3)] = 1e-3  #: Peak learning rate.
+    betas: validation.RatePair = (0.9, 0.99)  #: The two decay rates of Adam.
+    weight_decay: NotNegative = 0.01  #: Weight decay of AdamW and Muon.
+    warmup: CountOrZero = 100  #: Steps of linear warm-up.
+    #: ``cosine`` to zero at the last step, ``constant``, or ``step``.
     decay: Literal["cosine", "constant", "step"] = "cosine"
-    decay_every: Count = 200_000
-    decay_factor: Annotated[Positive, Le(1)] = 0.1
-    grad_clip: Positive | None = 1.0
-    ema_decay: Rate = 0.999
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    validate_every: Count = 500
-    validation_samples: Count = 2000
+    decay_every: Count = 200_000  #: Of ``step``: the steps after which the rate falls.
+    decay_factor: Annotated[Positive, Le(1)] = 0.1  #: What it is multiplied by.
+    grad_clip: Positive | None = 1.0  #: Largest norm of the gradient; None for no limit.
+    ema_decay: Rate = 0.999  #: Decay of the averaged weights, reached by a ramp.
+    precision: Literal["fp32", "bf16"] = "fp32"  #: ``fp32`` or ``bf16``.
+    compile: bool = False  #: Compile the loss with torch.compile.
+    validate_every: Count = 500  #: Steps between validations of the averaged weights.
+    validation_samples: Count = 2000  #: At most so many validation samples.
+    #: Validation value that names the best model: ``nll``, ``loss`` or ``mse``; a ddm has ``mse`` alone.
     select: Literal["nll", "loss", "mse"] = "nll"
-    patience: Count | None = None
+    patience: Count | None = None  #: Stop after so many validations without a new best; None never stops early.
+    #: Keep what the training began with as the model where the trained one is worse on validation data.
     fallback: bool = True
+    #: Noisy copies of the validation split by which the constants of a cdm's levels are set at the end, where that
+    #: lowers the cross-entropy (:mod:`torchcdm.training.finish`); 0 leaves them as they are.
     calibration: CountOrZero = 0
-    log_every: Count = 50
-    save_every: Count = 500
-    sample_every: Count | None = None
-    init: str | None = None
+    log_every: Count = 50  #: Steps between lines of metrics.jsonl.
+    save_every: Count = 500  #: Steps between states that a resumed run starts from.
+    sample_every: Count | None = None  #: Steps between grids of samples; None for one at the end.
+    init: str | None = None  #: A run whose weights are the start, where they fit.
 
 
 @validated
 class SamplingConfig:
-    """The samples that a run draws of itself.
+    """The samples that a run draws of itself."""
 
-    Attributes:
-        n: Number of samples; none are drawn where it is 0. None: up to 64, which take a small share of the time.
-        sampler: Name of the sampler; that of :func:`torchcdm.sample` when None, and so the others.
-        steps: Levels visited.
-        guidance: Weight of the class, for models that saw classes.
-    """
-
+    #: Number of samples; none are drawn where it is 0. None: up to 64, which take a small share of the time.
     n: CountOrZero | None = 64
-    sampler: str | None = None
-    steps: Count | None = None
-    guidance: Float = 0.0
+    sampler: str | None = None  #: Name of the sampler; that of :func:`torchcdm.sample` when None, and so the others.
+    steps: Count | None = None  #: Levels visited.
+    guidance: Float = 0.0  #: Weight of the class, for models that saw classes.
 
 
 @validated
 class ReportConfig:
-    """What is measured on the test split when training ends.
+    """What is measured on the test split when training ends."""
 
-    Attributes:
-        methods: Likelihoods, see :func:`torchcdm.likelihood.report`; of a ddm those that it has, elbo and flow.
-        limit: At most so many test samples. None: up to 500, whose flow takes a small share of the time of training.
-        draws: Noise draws of the one-pass likelihoods.
-        flow_steps: Heun steps of the probability flow. More than in :class:`Scoring`: every level of the demo.
-        sweeps: Sweeps of the replica exchange that estimates log Z.
-        baselines: Put classical density models beside it, where the data are small.
-    """
-
+    #: Likelihoods, see :func:`torchcdm.likelihood.report`; of a ddm those that it has, elbo and flow.
     methods: tuple[Method, ...] = ("single", "flow")
+    #: At most so many test samples. None: up to 500, whose flow takes a small share of the time of training.
     limit: Count | None = 500
-    draws: Count = Scoring.draws
+    draws: Count = Scoring.draws  #: Noise draws of the one-pass likelihoods.
+    #: Heun steps of the probability flow. More than in :class:`Scoring`: every level of the demo.
     flow_steps: Count = 50
-    sweeps: Sweeps = SWEEPS
-    baselines: bool = False
+    sweeps: Sweeps = SWEEPS  #: Sweeps of the replica exchange that estimates log Z.
+    baselines: bool = False  #: Put classical density models beside it, where the data are small.
 
 
 @validated
 class Config:
-    """All settings of a run; ``config.yaml`` in its folder.
+    """All settings of a run; ``config.yaml`` in its folder."""
 
-    Attributes:
-        preset: Name of the preset that it started from.
-        data: What to train on.
-        model: What is trained.
-        loss: The loss; a ddm reads ``label_dropout`` alone.
-        train: How it is trained.
-        sampling: The samples that it draws of itself.
-        report: What is measured at the end.
-    """
-
-    preset: str | None = None
-    data: DataOptions = DataOptions()
-    model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    report: ReportConfig = ReportConfig()
+    preset: str | None = None  #: Name of the preset that it started from.
+    data: DataOptions = DataOptions()  #: What to train on.
+    model: ModelConfig = ModelConfig()  #: What is trained.
+    loss: LossConfig = LossConfig()  #: The loss; a ddm reads ``label_dropout`` alone.
+    train: TrainConfig = TrainConfig()  #: How it is trained.
+    sampling: SamplingConfig = SamplingConfig()  #: The samples that it draws of itself.
+    report: ReportConfig = ReportConfig()  #: What is measured at the end.
