@@ -1,7 +1,6 @@
 """Building blocks of the convolutional networks; attention is written out, so that it is twice differentiable."""
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -233,9 +232,3 @@ class Downsampling(nn.Module):
         """(B, channels, H, W) to (B, channels, H / 2, W / 2)."""
         # Padded everywhere and cut: a padding layer would copy the larger image, going forth and back.
         return self.conv(x)[..., 1:, 1:]
-
-
-def upsampling(channels: int) -> nn.Sequential:
-    """Doubles both sides by repetition and a 3x3 convolution."""
-    convolution = nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=convolution))

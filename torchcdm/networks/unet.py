@@ -1,5 +1,6 @@
 """The DDPM U-Net, as a classifier of noise levels (the paper's CDM) and as a denoiser (its DDM baseline)."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal, final
@@ -48,7 +49,8 @@ class UNet(parts.ImageNetwork):
                 current = widths[i]
             self.up_stages.append(stage)
             if i:
-                self.ups.append(parts.upsampling(current))
+                steps = {"repeat": nn.Upsample(scale_factor=2.0), "conv": nn.Conv2d(current, current, 3, padding=1)}
+                self.ups.append(nn.Sequential(OrderedDict(steps)))
         self.norm_out, self.activation = parts.group_norm(current, groups), parts.SiLU()
         self.features = current
 

@@ -104,19 +104,11 @@ def train(
 ) -> M:  # fmt: skip
     """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
-    Args:
-        model: Network, schedule and base density of your choice. A model without a transform gets that of the data.
-        data: As for :func:`fit`, and in the units of the model's transform.
-        labels: As for :func:`fit`.
-        preset: The preset whose data options, optimiser and loss are taken; when None as for :func:`fit`.
-        out: Folder of the run; when None nothing is kept.
-        device: Where it is trained, and left; when None the best there is, and the CPU.
-        progress: Shows a progress bar, and what was read off the data.
-        resume: As for :func:`fit`.
-        **overrides: As for :func:`fit`, without ``model``.
-
-    Raises:
-        UserError: Data or overrides that are not understood, or do not fit the model; parts that cannot be saved.
+    Network, schedule and base density are of your choice. A model without a transform gets that of the data, which are
+    in the units of its own elsewhere. Other arguments are those of :func:`fit`, but ``model``: of the ``preset`` data
+    options, optimiser and loss are taken. It is trained and left on the ``device``; where none is given, on the best
+    there is, and left on the CPU. UserError for data or overrides that are not understood, or do not fit the model;
+    parts that cannot be saved.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)
