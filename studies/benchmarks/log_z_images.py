@@ -61,7 +61,8 @@ def measured(
     return {
         "data": source.name, "dim": found[0].dim, "level": density.level,
         "levels": [step.level for step in density.steps], "classes": source.class_names,
-        "log_z": [z.to_json() | {"usable": z.usable, "check": z.check and z.check.to_json()["value"]} for z in found],
+        "log_z": [z.to_json() | {"usable": not z.lacking, "check": z.check and z.check.to_json()["value"]}
+                  for z in found],
         "images": len(x), "count": len(test[:count]), "one-pass": more.mean_and_error(),
         "rows": {name: [*one.mean_and_error(), one.nfe] for name, one in rows.items()}, "minus": minus,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from studies.reproduce import fig4, fig9, models, table1
 from studies.reproduce.bound import BoundLoss, bound_weights
 from studies.reproduce.denoised import denoised, root_mean_square
 from studies.reproduce.tre import TRELoss
-from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.kernels import Kernels, kl_of_step
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.schedules import LinearSchedule, UniformSigmaSchedule
 from torchcdm.losses import DDMLoss
@@ -70,7 +70,8 @@ def test_bound_weights_are_those_of_the_reverse_chain():
     chain = Kernels(reference_gaussian(model), torch.zeros(30, 5, dtype=torch.float64))
     eps_error = torch.randn(29, 5, dtype=torch.float64, generator=rng())
     t = torch.arange(2, 31)
-    kl = chain.kl(schedule.ratio[t, None] * eps_error, t)
+    error = chain.reference.rotation(schedule.ratio[t, None] * eps_error)
+    kl = kl_of_step(schedule, t, t - 1, error, chain.variances[t - 1]).sum(1)
     assert torch.allclose(bound_weights(schedule)[1:] * eps_error.square().sum(1), kl)
 
 

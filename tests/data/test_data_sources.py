@@ -158,7 +158,7 @@ def test_bare_path_is_told_its_prefix(tmp_path):
     with pytest.raises(UserError, match=f"write array:{path}"):
         load_data(str(path))
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=f"t.csv: no array; write table:{tmp_path}"):
+    with pytest.raises(UserError, match=f"t.csv: a file, no array; write table:{tmp_path}"):
         load_data(f"array:{tmp_path / 't.csv'}")
     with pytest.raises(UserError, match=f"write folder:{tmp_path}"):
         load_data(str(tmp_path))

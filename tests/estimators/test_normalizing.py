@@ -26,7 +26,7 @@ class Normal(nn.Module):
 @pytest.mark.parametrize("draws", [20_000, 3000, 1500])
 def test_log_z_is_unbiased_whatever_the_number_of_draws(draws):
     found = importance_normalizers(Normal(), draws=draws)[0]
-    assert abs(found.value) < 4 * found.se < 0.15 and found.usable
+    assert abs(found.value) < 4 * found.se < 0.15 and not found.lacking
 
 
 def test_a_network_that_says_nothing_true_does_not_count():
@@ -38,5 +38,5 @@ def test_a_network_that_says_nothing_true_does_not_count():
         for weight in model.backbone.head.parameters():
             weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)))
     density._after_training(codes, codes, 0)
-    assert density.share_ == 0 and density.normalizer_.usable and "counts 0%" in density.notes_[-1]
+    assert density.share_ == 0 and not density.normalizer_.lacking and "counts 0%" in density.notes_[-1]
     assert density.score_samples(rows) == pytest.approx(start.detach().numpy(), abs=0.02)

@@ -43,7 +43,7 @@ def test_each_loads_and_reaches_what_its_card_says(name):
 @pytest.mark.parametrize("name", [name for name in names() if (HOME / name / "log_z.json").exists()])
 def test_log_z_that_ships_normalises(name):
     found = read_log_z(HOME / name)
-    assert found is not None and found.usable and found.width > 1.96
+    assert found is not None and not found.lacking and found.width > 1.96
     classes = (found.convergence or {}).get("classes")
     if classes:  # bounds take the upper ends of their intervals
         values = [value * found.dim * math.log(2) for value, _ in classes]

@@ -93,10 +93,6 @@ class Kernels:
         """w(x_s, x_t), nats (B,), from what a target says of both points."""
         return at_s.log_gamma - at_t.log_gamma + self.log_ratio(x_s, x_t, at_t.eps, s, t)
 
-    def kl(self, error: Tensor, t: Level) -> Tensor:
-        """KL(q(x_{t-1} | x_t, x_0) || r(x_{t-1} | x_t)), nats (B,), from ``error`` = x_0 - x0_hat."""
-        return kl_of_step(self.schedule, t, t - 1, self.reference.rotation(error), self.variances[t - 1]).sum(1)
-
     def _reverse(self, x_t: Tensor, eps: Tensor, t: Level, s: Level) -> tuple[Tensor, Tensor]:
         """Mean (B, *shape) and variances in the eigenbasis, (d,) or (B, d), of r(x_s | x_t)."""
         x_0 = self.x0(x_t, eps, t).flatten(1)

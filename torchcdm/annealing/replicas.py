@@ -60,16 +60,7 @@ class Replicas:
 
     The replica of rung l in column k is row l * columns + k of the batch. Each point of a rung of the ladder starts in
     a column of its own, at least two of them. A sweep has ``moves`` of each replica, and takes two evaluations more.
-
-    Attributes:
-        levels: The rungs, rising; above the last one is the start density.
-        down: w of every attempted swap of a rung and the next, nats, (sweeps, rungs, columns); ``up`` upwards.
-        swapped: Share of swaps accepted, (rungs,); the last one is that of fresh draws of the start density.
-        log_gamma: log gamma at the lowest rung, (sweeps, columns).
-        arrivals: Replicas that came from the start density all the way to the lowest rung, (columns,).
-        densities: For MBAR, thinned: log density of all rungs and the start at all replicas and fresh draws of the
-            start, (n, rungs + 1) each; empty where a pass tells one level.
-        x: Points of the lowest rung, thinned, (draws, columns, *shape).
+    The ``levels`` of the rungs rise; above the last one is the start density.
     """
 
     @torch.no_grad()
@@ -87,13 +78,15 @@ class Replicas:
         Step sizes adapt in those of the ``burn_in`` before them, and stay as they are.
         """
         shape, x = (sweeps, self.count, self.columns), self.states.x
-        self.arrivals = torch.zeros(self.columns, dtype=torch.long)
-        self.down, self.up = torch.empty(2, *shape, dtype=torch.float64)
-        self.log_gamma = torch.empty(sweeps, self.columns, dtype=torch.float64)
-        self.swapped = torch.zeros(self.count, dtype=torch.float64)
+        self.arrivals = torch.zeros(self.columns, dtype=torch.long)  # from the start density to the lowest rung
+        self.down, self.up = torch.empty(2, *shape, dtype=torch.float64)  # w of attempted swaps with the next, nats
+        self.log_gamma = torch.empty(sweeps, self.columns, dtype=torch.float64)  # at the lowest rung
+        self.swapped = torch.zeros(self.count, dtype=torch.float64)  # share accepted, the last of fresh draws
+        # For MBAR, thinned: log density of all rungs and the start at all replicas and fresh draws of the start,
+        # (n, rungs + 1) each; empty where a pass tells one level.
         self.densities: list[Tensor] = []
         self.every = math.ceil(sweeps * (len(x) + self.columns) * (self.count + 1) / KEPT_VALUES)
-        self.x = x.new_empty(-(-sweeps // self.every), self.columns, *x.shape[1:])
+        self.x = x.new_empty(-(-sweeps // self.every), self.columns, *x.shape[1:])  # of the lowest rung, thinned
         with alone():
             for sweep in progress_bar(range(-burn_in, sweeps), "replicas", progress, unit="sweep"):
                 for _ in range(self.moves):

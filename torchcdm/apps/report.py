@@ -47,7 +47,7 @@ def write_report(
         said = {"name": source.name, "split": split_name, "progress": progress}
         usual = source.train.tensors(TRAINING)[0]
         nll = likelihood_report(model, x, None, scoring, methods, config.report.sweeps, training=usual, **said)
-        if nll.log_z is not None and nll.log_z.usable:
+        if nll.log_z is not None and not nll.log_z.lacking:
             write_log_z(folder.root, nll.log_z, weights)
         beside = _beside(source, x) if config.report.baselines else []
         if nll.gaps is not None:

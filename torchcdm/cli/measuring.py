@@ -46,7 +46,7 @@ def nll(options: argparse.Namespace) -> None:
     if main:
         tell(options.json, result.table(), result.to_json())
         # A model of the zoo or the Hub is not ours to change.
-        if measured and result.log_z is not None and result.log_z.usable and folder == Path(options.model):
+        if measured and result.log_z is not None and not result.log_z.lacking and folder == Path(options.model):
             write_log_z(folder, result.log_z, weights)
 
 

@@ -68,10 +68,9 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
 
 
 def opened(file: Any) -> Image.Image:
-    """A Pillow image of one of ``FORMATS`` from a file or its path; ValueError where it holds several. A telephone's
-    JPEG may: what it shows, and a map of depths."""
+    """A Pillow image of one of ``FORMATS`` from a file or its path; ValueError where it holds several."""
     image = Image.open(file, formats=FORMATS)
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # a telephone's JPEG, with a map of depths
         raise ValueError(f"holds {image.n_frames} images; save each in a file of its own")
     return image
 

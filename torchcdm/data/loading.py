@@ -151,11 +151,9 @@ def check_spec(spec: str) -> None:
     if needed.startswith(":") and not argument:
         raise UserError(f"'{spec}' does not say which; write {kind}{needed}")
     if kind in ("folder", "array", "table"):
-        path, meant = Path(argument), spec_of(argument)
-        if (kind == "folder") != stat.S_ISDIR(file_status(path).st_mode):
-            raise UserError(f"{path}: a {'file' if kind == 'folder' else 'folder'}; write {meant}")
-        if meant not in (spec, argument):
-            raise UserError(f"{path}: no {kind}; write {meant}")
+        is_folder, meant = stat.S_ISDIR(file_status(Path(argument)).st_mode), spec_of(argument)
+        if (kind == "folder") != is_folder or meant not in (spec, argument):
+            raise UserError(f"{argument}: a {'folder' if is_folder else 'file'}, no {kind}; write {meant}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -142,9 +142,6 @@ class CropSplit(LazySplit):
         images: Size of the image of each path.
         crop: Height and width of the crops.
         labels: Class of each image.
-
-    Attributes:
-        wholes: Indices of the crops of each image, which overlap: they belong into one split.
     """
 
     def __init__(self, read: Callable[[Any], Tensor], images: dict[Any, Size], crop: Size, labels: Tensor) -> None:
@@ -152,6 +149,7 @@ class CropSplit(LazySplit):
         counts = torch.tensor([len(found) for found in places.values()], dtype=torch.long)
         items = [(path, *place) for path, found in places.items() for place in found]
         super().__init__(read, items, labels.repeat_interleave(counts), like=torch.empty(0))
+        # Crops of each image, which overlap, belong into one split.
         self.crop, self.wholes = crop, torch.arange(len(items)).split(counts.tolist())
 
     def batch(self, indices: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,7 @@ class CDMDensity(DensityMixin, DensityEstimator, TableDensity):
         z = model.transform(next(self._noisy(held_out)).to(model.schedule.alpha.device))
         found = importance_normalizers(model, seed)
         added = in_batches(model, z, lambda rows: _base_and_network(model, z[rows])[1])
-        log_z = torch.tensor([one.value if one.usable else torch.inf for one in found])
+        log_z = torch.tensor([torch.inf if one.lacking else one.value for one in found])
         best = int((shares * float(added.mean()) - log_z).argmax())
         self.normalizer_, self.share_ = found[best], SHARES[best]
         if self.share_ < 1:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchcdm.annealing.kernels import Kernels
+from torchcdm.annealing.kernels import Kernels, kl_of_step
 from torchcdm.annealing.target import ModelTarget, in_batches, reference_gaussian
 from torchcdm.errors import UserError
 from torchcdm.likelihood.restricted import MeasuredStep, log_q
@@ -68,10 +68,11 @@ def elbo(
         diffusion = torch.zeros_like(change)
         for k, ends in enumerate(strata):
             numbers = range(rows.start, rows.stop)
-            t = draw_rows(
-                batch.seed, ("strata", k), numbers, lambda i, g, ends=ends: torch.randint(*ends, (), generator=g)
-            ).to(x_0.device)
-            diffusion = diffusion + (ends[1] - ends[0]) * kernels.kl(x_0 - noisy(t, 1 + k)[1], t)
+            t = draw_rows(batch.seed, ("strata", k), numbers, lambda i, g, at=ends: torch.randint(*at, (), generator=g))
+            t = t.to(x_0.device)
+            error = kernels.reference.rotation(x_0 - noisy(t, 1 + k)[1])
+            nats = kl_of_step(schedule, t, t - 1, error, kernels.variances[t - 1]).sum(1)
+            diffusion = diffusion + (ends[1] - ends[0]) * nats
         x_t, mean = noisy(level, 0)
         if transform.bin is None:
             reconstruction = -log_normal(kernels.reference.rotation(x_0 - mean), kernels.variances[level - 1]).sum(1)

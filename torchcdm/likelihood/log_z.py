@@ -139,11 +139,6 @@ class LogZ:
             return f"two estimators of log2 Z / d disagree, {' and '.join(said)}"
         return self.doubt
 
-    @property
-    def usable(self) -> bool:
-        """Whether it normalises."""
-        return not self.lacking
-
     def to_json(self) -> dict[str, Any]:
         """In bits per dimension, under the keys of the NLL contract."""
         bits = {key: getattr(self, key) / (self.dim * math.log(2)) for key in ("value", "low", "high")}
@@ -282,10 +277,7 @@ def log_normalizer(
 class _Points:
     """The levels of :func:`log_normalizer`, and points at each: where replicas start, and what is usual there.
 
-    Attributes:
-        rungs: Levels that particles found on their way down, from number ``first`` on, and samples of the model there.
-        shares: Of the classes that are taken one by one, (1.0,) for all together.
-        replicas: Columns of a start and a class; those of a start lie together, in it those of a class.
+    Levels are those that particles found on their way down, from number ``first`` on, with samples of the model there.
     """
 
     def __init__(
@@ -293,7 +285,8 @@ class _Points:
     ) -> None:
         self.target, self.model, self.scoring = target, target.model, scoring
         self.generator, self.by_class = stream(scoring.seed, "replicas"), by_class
-        self.shares = prior_of(self.model).exp().tolist() if by_class else [1.0]
+        self.shares = prior_of(self.model).exp().tolist() if by_class else [1.0]  # of the classes, one by one
+        # Columns of a start and a class; those of a start lie together, in it those of a class.
         self.replicas, classes = max(2, replicas // len(self.shares)), len(self.shares)
         self.labels = torch.arange(classes, device=self.model.schedule.alpha.device)
         level, n = scoring.level_of(self.model), classes * self.replicas

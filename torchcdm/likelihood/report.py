@@ -212,7 +212,7 @@ def report(
             how = {"sweeps": sweeps, "kernels": kernels, "progress": progress}
             log_z, said = _measured_log_z(model, x, scoring, asked, training, **how)
             notes += said
-    if {"single", "logz"} & set(methods) and log_z is not None and log_z.restricted is not None and log_z.usable:
+    if {"single", "logz"} & set(methods) and log_z is not None and log_z.restricted is not None and not log_z.lacking:
         found["one-pass-restricted"] = restricted_pass(model, x, log_z.restricted, scoring)
         if len(log_z.restricted.steps) > 1:
             found["few-pass-restricted"] = restricted_pass(model, x, log_z.restricted, scoring, chain=True)
@@ -243,7 +243,7 @@ def _measured_log_z(
         # Mass that data never showed: without it there may be a normaliser.
         fenced = log_normalizer(model, x, None, asked, restricted=True, training=training, **how)
         notes += [f"restricted: {note}" for note in fenced.notes()]
-        found = fenced if found is None or fenced.usable else found
+        found = fenced if found is None or not fenced.lacking else found
     return found, notes
 
 

@@ -32,8 +32,8 @@ class Summary(nn.Module):
         h = self.activation(self.norm(h))
         # Over the number of pixels only now: going back, a mean divides each of them.
         pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h.shape[2:].numel()
-        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels). As
-        # products of matrices their gradient in the image takes longer than all other work on them.
+        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels). No
+        # product of matrices: the gradient of that in the image would take longer than all else.
         with torch.autocast(h.device.type, enabled=False):
             h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)
             maps = (self.energy.weight, self.energy.bias)

@@ -94,9 +94,8 @@ def progress_bar(items: Any, what: str, shown: bool, leave: bool = False, **opti
     from tqdm.auto import tqdm
 
     plain = sys.stderr is sys.__stderr__  # a notebook has a stderr of its own
-    often = 10.0 if plain and not os.isatty(2) else 0.5
-    file = _Unread() if plain else None
-    return tqdm(items, what, leave=leave, file=file, disable=not shown, mininterval=often, **options)
+    options |= {"file": _Unread() if plain else None, "mininterval": 10.0 if plain and not os.isatty(2) else 0.5}
+    return tqdm(items, what, leave=leave, disable=not shown, **options)
 
 
 class _Unread:
@@ -106,12 +105,10 @@ class _Unread:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:
-        """What cannot be written is lost."""
         with suppress(OSError):
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        """As :meth:`write`."""
         with suppress(OSError):
             sys.stderr.flush()
 
