@@ -67,8 +67,8 @@ def elbo(
         prior = kernels.reference.start_kl(schedule.alpha[-2] * x_0, schedule.sigma[-2])
         diffusion = torch.zeros_like(change)
         for k, ends in enumerate(strata):
-            numbers = range(rows.start, rows.stop)
-            t = draw_rows(batch.seed, ("strata", k), numbers, lambda i, g, at=ends: torch.randint(*at, (), generator=g))
+            which = range(rows.start, rows.stop)
+            t = draw_rows(batch.seed, ("strata", k), which, lambda _, g, at=ends: torch.randint(*at, (), generator=g))
             t = t.to(x_0.device)
             error = kernels.reference.rotation(x_0 - noisy(t, 1 + k)[1])
             nats = kl_of_step(schedule, t, t - 1, error, kernels.variances[t - 1]).sum(1)
