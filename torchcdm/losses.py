@@ -258,7 +258,7 @@ class _Known(Function):
 
 
 def differences_suffice(x: Tensor) -> bool:
-    """Whether a difference of two log densities at ``x`` stands for a derivative: it saves a third of a step on a CPU.
+    """Whether a difference of two log densities at ``x`` stands for a derivative: it saves half of the memory on a CPU.
 
     Half precision and the shortened float32 of GPUs are too coarse for it; the compiler wants ``torch.func``.
     """
