@@ -258,7 +258,7 @@ class _Known(Function):
 
 
 def differences_suffice(x: Tensor) -> bool:
-    """Whether a difference of two log densities at ``x`` stands for a derivative: it saves half of the memory on a CPU.
+    """Whether a difference of two log densities at ``x`` stands for a derivative, which on a CPU saves memory.
 
     Half precision and the shortened float32 of GPUs are too coarse for it; the compiler wants ``torch.func``.
     """

@@ -57,7 +57,7 @@ def starts(path: Path) -> dict[str, float]:
     found = {}
     for name, fields in given.items():
         start = best_start(train, held_out, base_floor(transform), fields)
-        nats = float(start.log_prob.mean() + transform.log_det(held_out[:1])) + transform.dim * transform.log_bin
+        nats = start.value + float(transform.log_det(held_out[:1])) + transform.dim * transform.log_bin
         found[name] = -nats / (transform.dim * math.log(2))
     return found
 

@@ -12,6 +12,7 @@ from PIL import Image
 from small_runs import small_flags
 
 from torchcdm.cli import main
+from torchcdm.data.folders import check_apart
 from torchcdm.training.checkpoint import load
 from torchcdm.training.run_folder import RunFolder
 
@@ -78,8 +79,10 @@ def test_a_run_is_not_among_the_images_that_it_learns(capsys, tmp_path):
     for k in range(12):
         Image.new("L", (8, 8), 20 * k).save(tmp_path / f"{k}.png")
     words = ("train", "encoder", "--data", f"folder:{tmp_path}", "--out", tmp_path / "run", *small_flags())
-    assert "holds inputs" in refused(capsys, *words)
+    assert "lies among the images that are learned" in refused(capsys, *words)
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+    (tmp_path / "train").mkdir()
+    check_apart(tmp_path / "run", f"folder:{tmp_path}")  # the images are those in train alone
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.json", "samples", "report.json", "metrics.jsonl"])

@@ -53,7 +53,7 @@ def test_few_rows_of_many_correlated_columns_are_not_overfitted():
     )
     assert start.fields["form"] == "full" and start.fields["shrinkage"] > 0
     # The covariance without shrinkage is a hundred thousand times worse; the truth is some 30 nats better.
-    assert float(start.log_prob.mean()) > float(truth.log_prob(held_out).mean()) - 60
+    assert start.value > float(truth.log_prob(held_out).mean()) - 60
 
 
 def test_few_images_take_the_cosine_form_and_mixtures_their_modes():

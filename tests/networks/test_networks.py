@@ -212,16 +212,17 @@ def test_an_encoder_in_half_precision_has_logits_in_float32(hidden):
     assert float((found - expected).abs().max()) < 0.1 * float(expected.abs().max())
 
 
-def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolution():
-    summary, h, image = Summary(4, 3, 8, 5).double(), batch(2, (4, 6, 7)), batch(2, (3, 6, 7), seed=2)
+@pytest.mark.parametrize("channels", [3, 6])
+def test_energies_are_the_maps_times_the_image_and_a_matrix_product_is_a_convolution(channels):
+    summary, h, image = Summary(4, channels, 8, 5).double(), batch(2, (4, 6, 7)), batch(2, (channels, 6, 7), seed=2)
     active = torch.nn.functional.silu(summary.norm(h))
-    maps = summary.energy(active).unflatten(1, (5, 3))
+    maps = summary.energy(active).unflatten(1, (5, channels))
     pooled = torch.nn.functional.conv2d(active, summary.pooled.weight, summary.pooled.bias)
     expected = torch.cat([torch.nn.functional.silu(pooled).mean((2, 3)), (maps * image[:, None]).sum((2, 3, 4))], 1)
     torch.testing.assert_close(summary(h, image), expected)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, 4, 5])
 def test_shifts_of_an_image_times_a_matrix_are_a_convolution(channels):
     layer, x = ImageConvolution(channels, 5).double(), batch(2, (channels, 6, 7)).requires_grad_()
     torch.testing.assert_close(layer(x), torch.nn.Conv2d.forward(layer, x))

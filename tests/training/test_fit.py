@@ -9,6 +9,8 @@ import torch
 import torchcdm
 from torchcdm.data import from_object
 from torchcdm.errors import UserError
+from torchcdm.training.config_files import make_config
+from torchcdm.training.fit import override_fields
 from torchcdm.training.loop import Interrupted
 
 TINY = {"device": "cpu", "progress": False}
@@ -117,6 +119,11 @@ def test_fields_without_effect_on_sources_and_files_are_refused(tmp_path):
     # What is as it would be without is no mistake.
     small = {"steps": 1, "model": {"backbone": {"width": 8}}} | TINY
     assert torchcdm.fit(source, data={"seed": 0, "limit": None}, **small).shape == (2,)
+
+
+def test_overrides_may_be_numbers_of_numpy():
+    config = make_config(override_fields({"steps": np.int64(3), "model": {"components": np.int64(2)}}))
+    assert config.train.steps == 3 and config.model.components == 2
 
 
 def test_overrides_are_checked():

@@ -3,7 +3,6 @@
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from small_runs import run_training, small_config
@@ -13,7 +12,7 @@ from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.training import loop as training
 from torchcdm.training.build import load_source, new_model
-from torchcdm.training.checkpoint import load_state, read_info, state_folders
+from torchcdm.training.checkpoint import load_state, state_folders
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import means
 from torchcdm.training.loop import NotFinite, Window, train
@@ -150,15 +149,6 @@ def test_resume_refuses_data_that_have_changed(tmp_path):
     with pytest.raises(UserError, match="its data have changed; start a new run, with --init"):
         train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
     assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3
-
-
-def test_data_may_have_moved_when_a_run_goes_on(tmp_path):
-    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).numpy()
-    small = {"model__backbone": "{name: mlp, width: 8, depth: 1}", "sampling__n": "0", "data__gaussianize": "false"}
-    for steps, name in (("2", "here.npy"), ("3", "there.npy")):
-        np.save(tmp_path / name, x)
-        run_training(tmp_path / "run", True, train__steps=steps, data__spec=f"array:{tmp_path / name}", **small)
-        assert read_info(tmp_path / "run").data.spec.endswith(name)
 
 
 def test_what_is_compiled_is_in_training_mode(tmp_path, monkeypatch):

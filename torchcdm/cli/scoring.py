@@ -54,6 +54,7 @@ def score(options: argparse.Namespace) -> None:
         if options.maps is not None:
             check_no_more(options.maps, len(inputs.x))
         reference, origin = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
+        held_out = not trained_on(model, options.reference or ())
         detector.fit(reference)
         if options.fpr is None:  # the smallest rate that a small reference calibrates
             fpr = max(fpr, 1 / (len(detector.calibration) + 1))
@@ -80,7 +81,7 @@ def score(options: argparse.Namespace) -> None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     known = {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)}
     numbers = {"score": options.score, "fpr": fpr, "threshold": threshold, "reference": known}
-    numbers |= {"held_out": not trained_on(model, options.reference or ())}
+    numbers |= {"held_out": held_out}
     numbers |= {"count": len(scores), "flagged": sum(flags), "deviating": sum(deviating)}
     numbers |= {"scores": scores, "percentiles": percentiles, "flags": flags}
     tell(options.json, _summary(numbers, names), numbers)

@@ -39,15 +39,22 @@ FEWEST_FAMILIES = 10  # effective number of first particles, below which the int
 @final
 @dataclass(frozen=True)
 class Probability:
-    """An estimate of P(f(x) > threshold), and the ends of its 95 % interval, of a log-normal distribution."""
+    """An estimate of P(f(x) > threshold), and the ends of its 95 % interval, of a log-normal distribution.
+
+    Attributes:
+        evaluations: Evaluations of the model, one a point, but for those that measure the proposals.
+        thresholds: The ladder that was climbed.
+        families: Effective number of first particles that the last ones descend from.
+        x: Samples where the event happens, (m, *shape), data units, on the CPU. They are not independent.
+    """
 
     value: float
     low: float
     high: float
-    evaluations: int  # of the model, one a point, but for those that measure the proposals
-    thresholds: list[float]  # the ladder that was climbed
-    families: float  # effective number of first particles that the last ones descend from
-    x: Tensor  # samples where the event happens, (m, *shape), data units, on the CPU; they are not independent
+    evaluations: int
+    thresholds: list[float]
+    families: float
+    x: Tensor
 
     @property
     def believe(self) -> bool:

@@ -69,15 +69,27 @@ def find_files(
     return found, notes
 
 
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders of images below ``root``, by split: itself where it has none of training."""
+    found = named_splits(lambda name: root / name if os.path.isdir(root / name) else None)
+    return found if "train" in found else {"train": root}
+
+
+def check_apart(run: Path, spec: str) -> None:
+    """Refuses the folder of a ``run`` where its samples would be among the images that it learns."""
+    kind, _, root = spec.partition(":")
+    for folder in split_folders(Path(root)).values() if kind == "folder" else ():
+        if run.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{run}: lies among the images that are learned; choose another folder")
+
+
 def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     """``folder:PATH``: all images below PATH.
 
     Sub-folders ``train``, ``validation`` and ``test`` are the splits where ``train`` is there; sub-folders of a
     split are classes when every image lies in one and there are at least two.
     """
-    root = Path(argument)
-    folders = named_splits(lambda name: root / name if os.path.isdir(root / name) else None)
-    folders = folders if "train" in folders else {"train": root}
+    folders = split_folders(Path(argument))
     found, notes = find_files(list(folders.values()), options.skip_bad)
     files = dict(zip(folders, found, strict=True))
     if not files["train"]:

@@ -1,6 +1,7 @@
 """Images: what the header of a file says, its pixels in data units, and their conversion into one shape."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,9 +71,20 @@ def decode(path: Path) -> tuple[Tensor, int | None]:
 def opened(file: Any) -> Image.Image:
     """A Pillow image of one of ``FORMATS`` from a file or its path; ValueError where it holds several."""
     image = Image.open(file, formats=FORMATS)
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # a telephone's JPEG, with a map of depths
+    if _has_pages(image):
         raise ValueError(f"holds {image.n_frames} images; save each in a file of its own")
     return image
+
+
+def _has_pages(image: Image.Image) -> bool:
+    """Whether a second image as large follows the first: no thumbnail, nor a map of depths in a telephone's JPEG."""
+    size, several = image.size, False
+    with suppress(Exception):  # what follows it may be damaged in any way
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            image.seek(1)
+            several = image.size == size
+            image.seek(0)
+    return several
 
 
 def from_pillow(image: Image.Image) -> tuple[Tensor, int | None]:

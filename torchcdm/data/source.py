@@ -179,16 +179,24 @@ def places_of(size: Size, crop: Size, share: float | None = None) -> list[tuple[
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set ready for training and scoring; ``validation`` and ``test`` may be empty."""
+    """A data set ready for training and scoring; ``validation`` and ``test`` may be empty.
 
-    name: str  # the SPEC it came from, or what kind of object
+    Attributes:
+        name: The SPEC it came from, or what kind of object.
+        transform: Data units to model units, measured on the training split.
+        class_names: Names of the classes 0, 1, ...; None without labels.
+        notes: What was read off the data, one sentence each.
+        options: How it was read from files, to read it again; None of Python objects.
+    """
+
+    name: str
     train: Split
     validation: Split
     test: Split
-    transform: DataTransform  # data units to model units, measured on the training split
-    class_names: tuple[str, ...] | None = None  # names of the classes 0, 1, ...; None without labels
-    notes: tuple[str, ...] = ()  # what was read off the data, one sentence each
-    options: DataOptions | None = None  # how it was read from files, to read it again; None of Python objects
+    transform: DataTransform
+    class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    options: DataOptions | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -29,6 +29,11 @@ class Start(NamedTuple):
     fields: dict[str, Any]
     log_prob: Tensor
 
+    @property
+    def value(self) -> float:
+        """Mean of ``log_prob``."""
+        return float(self.log_prob.mean())
+
 
 def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[str, Any] | None = None) -> Start:
     """The base density under which held-out samples are most probable.
@@ -69,7 +74,7 @@ def best_start(train: Tensor, held_out: Tensor, floor: float = 0.0, given: dict[
         asked = " and ".join(f"{name} {value}" for name, value in given.items())
         what = f"no base density of {len(train)} samples of shape {tuple(train.shape[1:])} has {asked}"
         raise UserError(f"{what}; leave components and form out, or give more samples")
-    best = max(found, key=lambda start: float(start.log_prob.mean()))
+    best = max(found, key=lambda start: start.value)
     preferred = [start for start in found if start.fields["form"] == "full"]
     return next((one for one in preferred if within_error(best.log_prob - one.log_prob)), best)
 
@@ -100,4 +105,4 @@ def best_shrunk(
         log_prob = (torch.stack(parts, 1) + weights.log()).logsumexp(1)
         return Start({"gaussian": True, "components": count, "form": form, "shrinkage": share}, log_prob)
 
-    return max(map(candidate, shares), key=lambda one: float(one.log_prob.mean()))
+    return max(map(candidate, shares), key=lambda one: one.value)

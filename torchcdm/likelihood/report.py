@@ -82,20 +82,29 @@ class NLLGap(NamedTuple):
 
 @dataclass(frozen=True)
 class NLLReport:
-    """The likelihood of a model on a data set, with what is needed to judge it."""
+    """The likelihood of a model on a data set, with what is needed to judge it.
+
+    Of ``count`` samples of ``dim`` dimensions, in the ``unit`` bits/dim, or nats for continuous data.
+
+    Attributes:
+        log_z: Estimate of log Z at the level of the headline; None where not asked for.
+        gap: One pass and the flow; None where not asked for; ``gaps`` are the same by level, nats.
+        believe: Whether the headline is to be believed, and ``why``, one sentence.
+        notes: Further sentences: errors of the estimators, terms of the ELBO.
+    """
 
     name: str
     split: str
-    count: int  # samples
-    dim: int  # dimensions of each
-    unit: str  # bits/dim, or nats for continuous data
+    count: int
+    dim: int
+    unit: str
     rows: tuple[Row, ...]
-    log_z: LogZ | None  # estimate at the level of the headline; None where not asked for
-    gap: NLLGap | None  # one pass and the flow; None where not asked for
-    gaps: dict[str, list[float]] | None  # the same by level, nats
-    believe: bool  # whether the headline is to be believed
-    why: str  # the reason, one sentence
-    notes: list[str]  # further sentences: errors of the estimators, terms of the ELBO
+    log_z: LogZ | None
+    gap: NLLGap | None
+    gaps: dict[str, list[float]] | None
+    believe: bool
+    why: str
+    notes: list[str]
 
     def row(self, name: str) -> Row | None:
         """The row of that name, where there is one."""

@@ -32,14 +32,16 @@ class Summary(nn.Module):
         h = self.activation(self.norm(h))
         # Over the number of pixels only now: going back, a mean divides each of them.
         pooled = at_least_float32(self.activation(self.pooled(h))).sum((2, 3)) / h.shape[2:].numel()
-        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels). No
-        # product of matrices: the gradient of that in the image would take longer than all else.
+        # The maps are linear in h, so h meets the image before them: sums over pixels (B, in_channels, channels).
         with torch.autocast(h.device.type, enabled=False):
             h, image = at_least_float32(h).flatten(2), at_least_float32(image).flatten(2)
             maps = (self.energy.weight, self.energy.bias)
             weight, bias = (at_least_float32(part).view(self.energy_maps, -1) for part in maps)
-            products = [(h * channel[:, None]).sum(2) for channel in image.unbind(1)]
-            energies = nn.functional.linear(torch.cat(products, 1), weight)
+            if parts.few_channels(image):
+                products = torch.cat([(h * channel[:, None]).sum(2) for channel in image.unbind(1)], 1)
+            else:
+                products = (h @ image.mT).mT.flatten(1)
+            energies = nn.functional.linear(products, weight)
             energies = energies + nn.functional.linear(image.sum(2), bias)
         return torch.cat([pooled, energies.to(pooled.dtype)], 1)
 

@@ -118,7 +118,7 @@ def check_output(path: Path, inputs: Iterable[str | Path] = (), kind: str | None
     on the command line) or in a folder of them, and what :func:`check_replaced` refuses; its folder is made."""
     with writing(path):
         target = Path(os.path.realpath(path))
-        for held in (given.resolve() for given in _given(inputs)):
+        for held in (given.resolve() for given in _given(inputs) if given.is_dir() or given.is_file()):
             if target.is_relative_to(held) or (target.exists() and target.samefile(held)):
                 raise UserError(f"{path}: is one of the inputs, or among them; choose another file")
         if _replaced(path) is not None:

@@ -94,8 +94,9 @@ def progress_bar(items: Any, what: str, shown: bool, leave: bool = False, **opti
     from tqdm.auto import tqdm
 
     plain = sys.stderr is sys.__stderr__  # a notebook has a stderr of its own
-    options |= {"file": _Unread() if plain else None, "mininterval": 10.0 if plain and not os.isatty(2) else 0.5}
-    return tqdm(items, what, leave=leave, disable=not shown, **options)
+    options |= {"file": _Unread(), "dynamic_ncols": True} if plain else {}  # else it would not ask for the width
+    often, shown = 10.0 if plain and not os.isatty(2) else 0.5, shown and sys.stderr is not None
+    return tqdm(items, what, leave=leave, disable=not shown, mininterval=often, **options)
 
 
 class _Unread:

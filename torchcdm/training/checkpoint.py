@@ -321,7 +321,7 @@ def _way_out(folder: Path) -> Iterator[None]:
 
 # Fields that may differ from the run that is resumed: all others would make it another run. Those of the last line may
 # differ too after steps that were not finite ended the run: what may mend it.
-FREE = {"preset", "sampling", "report", "data.workers", "data.spec"}  # data may have moved: their fingerprint counts
+FREE = {"preset", "sampling", "report", "data.workers"}
 FREE_IN_TRAIN = {"steps", "max_seconds", "validate_every", "log_every", "save_every", "sample_every"}
 FREE_IN_TRAIN |= {"validation_samples", "patience", "fallback", "calibration", "init"}
 FREE_AFTER_FAILURE = {"lr", "warmup", "grad_clip", "precision"}

@@ -139,7 +139,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")  # of YAML 1.2: to PyYAML 010 is eight, and 1:30 ninety
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")  # to PyYAML 010 is eight, and 1:30 ninety
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, _INT if tag.endswith(":int") else form) for tag, form in known]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()

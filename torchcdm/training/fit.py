@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,10 +105,10 @@ def train(
     """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
     Network, schedule and base density are of your choice. A model without a transform gets that of the data, which are
-    in the units of its own elsewhere. Other arguments are those of :func:`fit`, but ``model``: of the ``preset`` data
-    options, optimiser and loss are taken. It is trained and left on the ``device``; where none is given, on the best
-    there is, and left on the CPU. UserError for data or overrides that are not understood, or do not fit the model;
-    parts that cannot be saved.
+    in the units of its own elsewhere. Other arguments are those of :func:`fit`, but ``budget``, ``backbone`` and the
+    override ``model``; of the ``preset`` data options, optimiser and loss are taken. It is trained and left on the
+    ``device``; where none is given, on the best there is, and left on the CPU. UserError for data or overrides that
+    are not understood, or do not fit the model; parts that cannot be saved.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)
@@ -223,7 +223,7 @@ def _prepared(
 ) -> tuple[DataSource, list[dict[str, Any]]]:
     """The data, and the fields of preset and overrides, whose SPEC is that of the data; others without effect fail."""
     layer, from_files = override_fields(overrides, caller), isinstance(data, (str, Path))
-    given = layer.get("data", {})
+    given = encode(layer.get("data", {}))
     asked = read_as(DataOptions, given, "data")
     unused = ("spec",) if from_files else OF_FILES
     if isinstance(data, DataSource):
@@ -259,7 +259,8 @@ def override_fields(overrides: Mapping[str, Any], caller: str = "fit") -> dict[s
     for name, value in overrides.items():
         if name not in sections | training:
             raise UserError(f"{caller}: unknown override '{name}'; {nearest(name, sections | training)}")
-        layer = merge(layer, {name: encode(value)} if name in sections else {"train": {name: value}})
+        value = encode(value) if is_dataclass(value) else value
+        layer = merge(layer, {name: value} if name in sections else {"train": {name: value}})
     return layer
 
 

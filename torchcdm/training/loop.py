@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchcdm.data import DataSource, fingerprint
+from torchcdm.data.folders import check_apart
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, reason, warn
 from torchcdm.losses import Loss
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.random import derive
-from torchcdm.runtime.files import check_output_folder, without_nan, write_file, write_json
+from torchcdm.runtime.artefact import read_json
+from torchcdm.runtime.files import without_nan, write_file, write_json
 from torchcdm.runtime.processes import Processes, is_first, memory_kept, progress_bar
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
@@ -76,8 +78,8 @@ def train(
     run, speaks = RunFolder(out), progress and is_first()
     if run.holds_run() and not resume:
         raise UserError(f"{out}: already holds a run; go on with --resume (resume=True), or choose another folder")
-    if str(config.data.spec).startswith("folder:"):  # whose pictures the samples would join
-        check_output_folder(run.root, [config.data.spec])
+    if not run.holds_run():
+        check_apart(run.root, str(config.data.spec))
     with ExitStack() as held:
         if is_first():
             held.enter_context(run.locked())
@@ -377,7 +379,7 @@ class Trainer:
         elif self.main and best is not None and checkpoint.read_info(self.run.root).selected["step"] != best.step:
             # The training ended with its start in the place of these weights, which cannot be compared any more.
             self.selection.best = None
-            self.ended = read_report(self.run.report).get("outcome")
+            self.ended = read_json(self.run.report).get("outcome") if self.run.report.exists() else None
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
     def _last_state(self) -> str:

@@ -8,13 +8,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Log-likelihoods that carry their unit."""
+    """Log-likelihoods that carry their unit.
 
-    nats: Tensor  # log-likelihood of each sample, in data units (densities) or absolute (code lengths), shape (B,)
-    dim: int  # dimensions d of one sample
-    level: int  # noise level at which the density was taken
-    log_bin: float | None  # log of the grey-level spacing in data units; None for continuous data
-    nfe: int  # network evaluations for each sample
+    Attributes:
+        nats: log-likelihood of each sample, in data units (densities) or absolute (code lengths), shape (B,).
+        dim: Dimensions d of one sample.
+        level: Noise level at which the density was taken.
+        log_bin: log of the grey-level spacing in data units; None for continuous data.
+        nfe: Network evaluations for each sample.
+    """
+
+    nats: Tensor
+    dim: int
+    level: int
+    log_bin: float | None
+    nfe: int
 
     @property
     def unit(self) -> str:

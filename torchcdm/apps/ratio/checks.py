@@ -103,17 +103,29 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """Checks of a ratio on held-out samples."""
+    """Checks of a ratio on held-out samples.
 
-    mean_ratio: float  # mean of p/q over the denominator; 1 for the true ratio, less where p has mass, q none; noisy
-    mean_ratio_error: float  # its standard error
-    mean_inverse: float  # mean of q/p over the numerator; 1 for the true ratio, less where q has mass, p none
-    mean_inverse_error: float  # its standard error
-    effective_sample_size: float  # of the weights p/q on the denominator's samples
-    denominator: int  # number of the denominator's samples
-    log_loss: float  # nats of the classifier sigmoid(log ratio) that tells the sources apart; log 2 = 0.693 is chance
-    calibration_error: float  # mean distance of predicted and observed share over the bins
-    bins: tuple[Bin, ...]  # the reliability table; empty bins are left out
+    Attributes:
+        mean_ratio: Mean of p/q over the denominator; 1 for the true ratio, less where p has mass and q none; noisy.
+        mean_ratio_error: Its standard error.
+        mean_inverse: Mean of q/p over the numerator; 1 for the true ratio, less where q has mass and p none.
+        mean_inverse_error: Its standard error.
+        effective_sample_size: Effective sample size of the weights p/q on the denominator's samples.
+        denominator: Number of the denominator's samples.
+        log_loss: Nats of the classifier sigmoid(log ratio) that tells the sources apart; log 2 = 0.693 is chance.
+        calibration_error: Mean distance of predicted and observed share over the bins.
+        bins: The reliability table; empty bins are left out.
+    """
+
+    mean_ratio: float
+    mean_ratio_error: float
+    mean_inverse: float
+    mean_inverse_error: float
+    effective_sample_size: float
+    denominator: int
+    log_loss: float
+    calibration_error: float
+    bins: tuple[Bin, ...]
 
     @classmethod
     def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Calibration:

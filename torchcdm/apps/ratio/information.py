@@ -43,18 +43,25 @@ SHOWN = 10  # rows and columns that are named
 
 @dataclass(frozen=True)
 class Estimate:
-    """A divergence or a mutual information, nats (chi2: a pure number)."""
+    """A divergence or a mutual information, nats (chi2: a pure number).
 
-    value: float  # the estimate; ``float(estimate)`` is this
-    se: float  # standard error over the held-out samples, which does not know of errors in the ratio itself
-    # Donsker and Varadhan's value by the same ratio, of the KL divergences: a lower bound but for its noise, which is
-    # large above 5 nats. It differs from the value where the ratio is not normalised. None for others.
+    Attributes:
+        value: The estimate; ``float(estimate)`` is this.
+        se: Standard error over the held-out samples. It does not know of errors in the ratio itself.
+        bound: Donsker and Varadhan's value by the same ratio, of the KL divergences: a lower bound but for its noise,
+            which is large above 5 nats. It differs from the value where the ratio is not normalised. None for others.
+        effective_sample_size: Of the weights p/q on the denominator's held-out samples.
+        coverage: Share of the numerator's samples whose log ratio is at most the largest of the denominator's: for the
+            others the ratio rests on the form of the fit.
+        notes: Why the value cannot be trusted; empty where it can.
+    """
+
+    value: float
+    se: float
     bound: float | None
-    effective_sample_size: float  # of the weights p/q on the denominator's held-out samples
-    # Share of the numerator's samples whose log ratio is at most the largest of the denominator's: for the others the
-    # ratio rests on the form of the fit.
+    effective_sample_size: float
     coverage: float
-    notes: tuple[str, ...]  # why the value cannot be trusted; empty where it can
+    notes: tuple[str, ...]
 
     def __float__(self) -> float:
         return self.value
@@ -147,17 +154,25 @@ def mutual_information(
 
 @dataclass(frozen=True)
 class TwoSampleTest:
-    """A permutation test of p = q."""
+    """A permutation test of p = q.
 
-    p_value: float  # share of permutations whose statistic is at least as large, the data's own counted as one
-    statistic: float  # the largest of several, in standard deviations above its mean over permutations
-    seen_in: str  # what sees most: ``columns`` one by one, ``pairs``, ``regions`` of like samples, ``small regions``
-    # By that, at the tested samples of numerator and denominator, nats; to first order, fitted to them.
+    Attributes:
+        p_value: Share of permutations whose statistic is at least as large, the data's own counted as one.
+        statistic: The largest of several, in standard deviations above its mean over permutations.
+        seen_in: What sees most: ``columns`` one by one, ``pairs``, ``regions`` of similar samples, ``small regions``.
+        log_ratios: By that, at the tested samples of numerator and denominator, nats; to first order, fitted to them.
+        numerator_rows: Those most unlike the denominator: their places in the data and log ratios.
+        denominator_rows: Those most unlike the numerator.
+        columns: Each, and how much less tanh(log ratio / 2) differs between the sources where it is shuffled, the
+            largest first; empty for images.
+    """
+
+    p_value: float
+    statistic: float
+    seen_in: str
     log_ratios: tuple[np.ndarray, np.ndarray]
-    numerator_rows: tuple[tuple[str, float], ...]  # most unlike the denominator: places in the data and log ratios
-    denominator_rows: tuple[tuple[str, float], ...]  # most unlike the numerator
-    # Each, and how much less tanh(log ratio / 2) differs between the sources where it is shuffled, the largest first;
-    # empty for images.
+    numerator_rows: tuple[tuple[str, float], ...]
+    denominator_rows: tuple[tuple[str, float], ...]
     columns: tuple[tuple[str, float], ...]
 
     def text(self) -> str:
