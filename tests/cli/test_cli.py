@@ -21,10 +21,10 @@ from small_runs import small_flags
 import torchcdm
 from torchcdm.apps import denoising
 from torchcdm.apps.baselines import Baseline
-from torchcdm.cli import main
+from torchcdm.cli import main, measuring
 from torchcdm.data import load_data, save_images
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
-from torchcdm.errors import warn
+from torchcdm.errors import UserError, warn
 from torchcdm.networks.mlp import MLP
 from torchcdm.training import evaluation
 from torchcdm.training.checkpoint import read_info
@@ -132,6 +132,27 @@ def nll_of(capsys, run, *words):
     return {row["name"]: row["value"] for row in json.loads(succeed(capsys, *words))["rows"]}
 
 
+@pytest.mark.parametrize(("command", "more"), [("nll", ["--methods", "single"]), ("evaluate", [])])
+def test_other_data_without_splits_are_measured_whole(capsys, tmp_path, run, command, more):
+    np.save(tmp_path / "some.npy", load_data("digits").test.tensors()[0][:7].byte().numpy())
+    words = [command, run, "--data", f"array:{tmp_path / 'some.npy'}", "--device", "cpu", "--quiet", *more]
+    content = json.loads(succeed(capsys, *words, "--json", "-"))
+    assert (content | content["data"])["count"] == 7 and content["data"]["split"] == "all"
+    assert "too few samples, 7" in refuse(capsys, *words, "--split", "test")
+
+
+def test_what_is_usual_for_a_run_is_its_own_training_data(capsys, tmp_path, run, monkeypatch):
+    np.save(tmp_path / "some.npy", load_data("digits").test.tensors()[0][:7].byte().numpy())
+
+    def stop(model, x, *others, training, **how):
+        raise UserError(f"{len(x)} samples, {len(training)} are usual")
+
+    monkeypatch.setattr(measuring, "report", stop)
+    words = ["nll", run, "--data", f"array:{tmp_path / 'some.npy'}", "--methods", "logz", "--device", "cpu"]
+    own = len(load_data("digits").train)
+    assert f"7 samples, {own} are usual" in refuse(capsys, *words)
+
+
 def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table):
     run, path = table
     volt, gram = np.loadtxt(path, delimiter=",", skiprows=1).T.tolist()
@@ -141,7 +162,7 @@ def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table
     (tmp_path / "flat.csv").write_text("\n".join(["gram,volt", *(f"{g!r},0.1" for g in gram)]))
     (tmp_path / "lacking.csv").write_text("\n".join(["gram,ampere", *(f"{g!r},0.1" for g in gram)]))
     own = nll_of(capsys, run)
-    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}") == own
+    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}", "--split", "test") == own
     assert np.isfinite(nll_of(capsys, run, "--data", f"table:{tmp_path / 'flat.csv'}")["one-pass"])
     for command in ("nll", "evaluate"):
         error = refuse(capsys, command, run, "--data", f"table:{tmp_path / 'lacking.csv'}")

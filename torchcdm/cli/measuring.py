@@ -1,18 +1,21 @@
 """``cdm nll``, ``cdm evaluate``, ``cdm ratio`` and ``cdm mi``."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights, mutual_information
 from torchcdm.apps.ratio.checks import check_clip
 from torchcdm.cli.arguments import given, tell
-from torchcdm.data import check_spec, parse_size, spec_of
+from torchcdm.data import DataSource, Split, check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
 from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_log_z
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.training import evaluation
@@ -32,15 +35,15 @@ def nll(options: argparse.Namespace) -> None:
         methods = [method for method in methods_of(model) if method != "logz"]
         if options.methods is not None:
             methods = [method for method in map(str.strip, options.methods.split(",")) if method]
-        source = model.info.read_source(model, options.data, labelled=options.conditional)
-        x, labels = source.split(options.split).tensors(options.limit)
+        source, name, split = _to_measure(model, options, labelled=options.conditional)
+        x, labels = split.tensors(options.limit)
         y = evaluation.labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
         measured = "logz" in methods
-        training = source.train.tensors(TRAINING)[0] if measured and source.train else None
+        training = _training(model, source) if measured else None
         known = None if measured else read_log_z(folder, device)
-        more = {"name": source.name, "split": options.split, "progress": main and not options.quiet}
+        more = {"name": source.name, "split": name, "progress": main and not options.quiet}
         more |= given(sweeps=options.sweeps)
         result = report(model, x, y, scoring, methods, training=training, log_z=known, **more)
     if main:
@@ -54,12 +57,29 @@ def evaluate(options: argparse.Namespace) -> None:
     """Classifier and denoiser by level."""
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
-        source = model.info.read_source(model, options.data, labelled=True)
+        source, name, split = _to_measure(model, options, labelled=True)
         how = given(draws=options.draws) | {"progress": main and not options.quiet}
-        values = evaluation.evaluate(model, source.split(options.split), options.limit, **how)
+        values = evaluation.evaluate(model, split, options.limit, **how)
     if main:
         text = "\n".join(f"{name:10} {value:.4f}" for name, value in values["mean"].items())
-        tell(options.json, text, {"data": {"name": source.name, "split": options.split}} | values)
+        tell(options.json, text, {"data": {"name": source.name, "split": name}} | values)
+
+
+def _to_measure(model: Denoiser, options: argparse.Namespace, labelled: bool) -> tuple[DataSource, str, Split]:
+    """The data, and the split to measure with its name: of other data than the model's that have no splits, all."""
+    whole = options.split is None and options.data not in (None, model.info.data.spec)
+    source = model.info.read_source(model, options.data, labelled, whole)
+    if whole and not (source.validation or source.test):
+        return source, "all", source.train
+    name = options.split or "test"
+    return source, name, source.split(name)
+
+
+def _training(model: Denoiser, source: DataSource) -> Tensor | None:
+    """What is usual for the model: its own training samples, or those of ``source`` where its data are gone."""
+    with suppress(UserError):
+        source = model.info.read_source(model)
+    return source.train.tensors(TRAINING)[0] if source.train else None
 
 
 def ratio(options: argparse.Namespace) -> None:

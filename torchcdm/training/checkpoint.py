@@ -71,13 +71,17 @@ class ModelInfo:
         """Images of the model's size or larger, or of a ``shape``: :func:`torchcdm.data.inputs.read_pictures`."""
         return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad), shape)
 
-    def read_source(self, model: Denoiser, spec: str | None = None, labelled: bool = False) -> DataSource:
+    def read_source(
+        self, model: Denoiser, spec: str | None = None, labelled: bool = False, whole: bool = False
+    ) -> DataSource:
         """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.
 
-        ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own.
+        ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own. Data
+        without splits of their own are split as those of the training, or not at all where they are ``whole``.
         UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
+        options = replace(options, validation_fraction=0.0, test_fraction=0.0) if whole else options
         if options.spec is None:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
             raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")
