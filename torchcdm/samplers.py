@@ -240,6 +240,10 @@ class SASolver(Sampler):
         variance: Of data, per value in model units. When None, 1; in :func:`torchcdm.sample` that of the pilots that
             place the steps. The polynomial is in log(variance / 4 + r²): in log r at much noise, as the paper's is
             everywhere (0), and in r² at little, where E[x_0 | x_t] is smooth in it.
+
+    A step k times as long in that variable as the one before takes 1 / k of what the polynomial adds to the last
+    estimate, if k > 1: with fresh noise the errors of two estimates are independent, and far away they would count k
+    times.
     """
 
     spacing = "adaptive"
@@ -265,6 +269,10 @@ class SASolver(Sampler):
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
         visited = ((t, now), *step.previous)[: self.memory + 1]
         data = _integral(step, visited, t, s, self.time, -1 - self.eta, float(r[s]) ** (1 + self.eta))
+        if len(visited) > 1:
+            ends = self.time(r[[s, t, visited[1][0]]])
+            reach = float(((ends[2] - ends[1]) / (ends[1] - ends[0])).clamp(max=1))
+            data = torch.lerp((1 - kept * r[s] / r[t]).to(data) * now.x0, data, reach)
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 
