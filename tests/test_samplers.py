@@ -252,13 +252,27 @@ def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
     assert measured == pytest.approx([order, order], abs=0.25), errors
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.055), (SASolver(variance=0), 1.244), ("ddpm", 0.919)])
+@pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.045), (SASolver(variance=0), 1.074), ("ddpm", 0.919)])
 def test_deviation_that_25_placed_steps_leave_of_a_gaussian(sampler, expected):
     # Numbers of docs/results/pictures.md: much noise keeps the deviation where the line is not in log r.
     denoiser = GaussianDenoiser(CosineSchedule(200), [0.2], [1.0])
     levels, _ = adaptive_levels(denoiser, 25, (1,), weight=make_sampler(sampler).weight)
     found = chain_moments(denoiser, levels, sampler)[1]
     assert found == pytest.approx(expected, abs=0.005)
+
+
+def test_a_line_through_near_estimates_reaches_no_further_than_they_are_apart():
+    # Weight of the estimate before in a step of ten levels that are even in log r, after one of q - 50 levels.
+    schedule, zero = LogSNRSchedule(100, r_min=0.01, r_max=10.0), torch.zeros(1, 1)
+    denoiser = GaussianDenoiser(schedule, [0.0], [1.0])
+
+    def weight(q):
+        now, before = (Prediction.of_x0(zero, *schedule.at(t, zero), x0) for t, x0 in ((50, zero), (q, zero + 1)))
+        step = Step(denoiser, zero, 50, 40, noise=zero, previous=((q, before),))
+        return float(SASolver(variance=0).rule(step, now))
+
+    assert weight(60) < -0.1 and weight(70) == pytest.approx(weight(60) / 2, rel=1e-5)
+    assert [weight(51), weight(55)] == pytest.approx([weight(60)] * 2, rel=1e-5)
 
 
 # --- the same methods elsewhere ------------------------------------------------------------------------------------
