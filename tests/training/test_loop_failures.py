@@ -3,6 +3,7 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_runs import run_training, small_config
@@ -12,7 +13,7 @@ from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss
 from torchcdm.training import loop as training
 from torchcdm.training.build import load_source, new_model
-from torchcdm.training.checkpoint import load_state, state_folders
+from torchcdm.training.checkpoint import load, load_state, state_folders
 from torchcdm.training.config_files import flag_fields, make_config, preset_fields
 from torchcdm.training.evaluation import means
 from torchcdm.training.loop import NotFinite, Window, train
@@ -149,6 +150,18 @@ def test_resume_refuses_data_that_have_changed(tmp_path):
     with pytest.raises(UserError, match="its data have changed; start a new run, with --init"):
         train(more, tmp_path, from_object(1000 * x + 5), resume=True, device="cpu", progress=False)
     assert train(more, tmp_path, from_object(x), resume=True, device="cpu", progress=False).step == 3
+
+
+def test_resume_finds_data_that_have_moved(tmp_path):
+    fields = {"model.backbone": "mlp", "train.steps": "2", "sampling.n": "0"}
+    layers, places = (preset_fields("mlp"), flag_fields(fields.items())), [tmp_path / "a.npy", tmp_path / "b.npy"]
+    np.save(places[0], torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).numpy())
+    first, moved = (make_config(*layers, flag_fields([("data.spec", f"array:{place}")])) for place in places)
+    train(first, tmp_path / "run", device="cpu", progress=False)
+    places[0].rename(places[1])
+    assert train(moved, tmp_path / "run", resume=True, device="cpu", progress=False).step == 2
+    model = load(tmp_path / "run")
+    assert model.info.data == moved.data and len(model.info.read_source(model).train) == 48
 
 
 def test_what_is_compiled_is_in_training_mode(tmp_path, monkeypatch):

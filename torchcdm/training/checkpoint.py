@@ -101,6 +101,12 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mappi
     write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
+def say_where(run: RunFolder, data: DataOptions) -> None:
+    """Says in ``config.json`` of a kept model where the data of its training are now."""
+    _, info, (tensors,) = read_run(run.root)
+    write_artefact(run.model_info, KINDS[0], encode(replace(info, data=data)), {run.model.name: tensors})
+
+
 def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None, **others: Mapping[str, Tensor]) -> None:
     """Writes a model as :func:`load` reads it: ``model.safetensors`` and ``config.json`` in a folder.
 
@@ -325,7 +331,7 @@ def _way_out(folder: Path) -> Iterator[None]:
 
 # Fields that may differ from the run that is resumed: all others would make it another run. Those of the last line may
 # differ too after steps that were not finite ended the run: what may mend it.
-FREE = {"preset", "sampling", "report", "data.workers"}
+FREE = {"preset", "sampling", "report", "data.workers", "data.spec"}  # samples that are others are seen apart
 FREE_IN_TRAIN = {"steps", "max_seconds", "validate_every", "log_every", "save_every", "sample_every"}
 FREE_IN_TRAIN |= {"validation_samples", "patience", "fallback", "calibration", "init"}
 FREE_AFTER_FAILURE = {"lr", "warmup", "grad_clip", "precision"}
