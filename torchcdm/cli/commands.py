@@ -39,7 +39,7 @@ def _models(command: Callable[..., Parser]) -> None:
     for name, (_, metavar, text) in SHORT.items():
         add(parser, f"--{name} {metavar}", text)
     add(parser, "--compile", "torch.compile", bool)
-    add(parser, "--resume", "go on from the last state in RUN, if any; steps, time, report, samples, place of data may be new", bool)
+    add(parser, "--resume", "go on from a state in RUN, if any; steps, time, report, samples, --data may be new", bool)
     add(parser, "--budget TIME", "of training, resumed or not: 90s, 10m, 2h; encoder fits size and report to it (30m)")
     add(parser, "--no-report", "measure nothing on the test split", bool)
     add(parser, "--dry-run", "take some steps, print what all would cost, and write nothing", bool)
