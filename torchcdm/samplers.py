@@ -243,7 +243,7 @@ class SASolver(Sampler):
 
     A step k times as long in that variable as the one before takes 1 / k of what the polynomial adds to the last
     estimate, if k > 1: with fresh noise the errors of two estimates are independent, and far away they would count k
-    times.
+    times. So with noise, where steps lengthen, it is of second order at most.
     """
 
     spacing = "adaptive"
@@ -269,7 +269,7 @@ class SASolver(Sampler):
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
         visited = ((t, now), *step.previous)[: self.memory + 1]
         data = _integral(step, visited, t, s, self.time, -1 - self.eta, float(r[s]) ** (1 + self.eta))
-        if len(visited) > 1:
+        if self.eta and len(visited) > 1:
             ends = self.time(r[[s, t, visited[1][0]]])
             reach = float(((ends[2] - ends[1]) / (ends[1] - ends[0])).clamp(max=1))
             data = torch.lerp((1 - kept * r[s] / r[t]).to(data) * now.x0, data, reach)

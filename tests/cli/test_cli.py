@@ -1,5 +1,6 @@
 """The command line: every command on a small run."""
 
+import argparse
 import csv
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ import torchcdm
 from torchcdm.apps import denoising
 from torchcdm.apps.baselines import Baseline
 from torchcdm.cli import main, measuring
-from torchcdm.data import load_data, save_images
+from torchcdm.data import DataOptions, DataSource, MemorySplit, load_data, save_images
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError, warn
 from torchcdm.networks.mlp import MLP
@@ -141,16 +143,31 @@ def test_other_data_without_splits_are_measured_whole(capsys, tmp_path, run, com
     assert "too few samples, 7" in refuse(capsys, *words, "--split", "test")
 
 
-def test_what_is_usual_for_a_run_is_its_own_training_data(capsys, tmp_path, run, monkeypatch):
-    np.save(tmp_path / "some.npy", load_data("digits").test.tensors()[0][:7].byte().numpy())
+@pytest.mark.parametrize(("counts", "name"), [((5, 3, 2), "test"), ((5, 3, 0), "validation"), ((5, 0, 0), "all")])
+def test_other_data_with_splits_are_measured_by_what_is_held_out(counts, name):
+    parts = [MemorySplit(torch.zeros(count, 2)) for count in counts]
+    info = SimpleNamespace(data=DataOptions(spec="array:a.npy"), fingerprint="")
+    info.read_source = lambda *arguments, **how: DataSource("b", *parts, DataTransform((2,)))
+    options = argparse.Namespace(split=None, data="array:b.npy")
+    _, found, split = measuring._to_measure(SimpleNamespace(info=info), options, False)
+    assert found == name and len(split) == counts[("all", "validation", "test").index(name)]
+
+
+def test_what_is_usual_for_a_run_is_its_own_training_data(capsys, tmp_path, table, monkeypatch):
+    run, path = table
+    np.savetxt(tmp_path / "o.csv", np.ones((20, 2)), delimiter=",", header="volt,gram", comments="")
 
     def stop(model, x, *others, training, **how):
         raise UserError(f"{len(x)} samples, {len(training)} are usual")
 
     monkeypatch.setattr(measuring, "report", stop)
-    words = ["nll", run, "--data", f"array:{tmp_path / 'some.npy'}", "--methods", "logz", "--device", "cpu"]
-    own = len(load_data("digits").train)
-    assert f"7 samples, {own} are usual" in refuse(capsys, *words)
+    words = ["nll", run, "--data", f"table:{tmp_path / 'o.csv'}", "--methods", "logz", "--device", "cpu"]
+    assert "20 samples, 320 are usual" in refuse(capsys, *words)
+    path.rename(tmp_path / "moved.csv")  # what is scored says nothing of what is usual
+    try:
+        assert "2 samples, 16 are usual" in refuse(capsys, *words)
+    finally:
+        (tmp_path / "moved.csv").rename(path)
 
 
 def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table):
@@ -162,7 +179,7 @@ def test_other_tables_are_read_by_the_columns_of_the_run(capsys, tmp_path, table
     (tmp_path / "flat.csv").write_text("\n".join(["gram,volt", *(f"{g!r},0.1" for g in gram)]))
     (tmp_path / "lacking.csv").write_text("\n".join(["gram,ampere", *(f"{g!r},0.1" for g in gram)]))
     own = nll_of(capsys, run)
-    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}", "--split", "test") == own
+    assert nll_of(capsys, run, "--data", f"table:{tmp_path / 'other.csv'}") == own  # its test split
     assert np.isfinite(nll_of(capsys, run, "--data", f"table:{tmp_path / 'flat.csv'}")["one-pass"])
     for command in ("nll", "evaluate"):
         error = refuse(capsys, command, run, "--data", f"table:{tmp_path / 'lacking.csv'}")

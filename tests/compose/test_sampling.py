@@ -294,7 +294,7 @@ def test_adaptive_steps_are_those_of_model_and_classes():
 
 
 def test_by_default_columns_of_vectors_keep_their_deviations():
-    """``sa2`` with its placed steps would give 1.12 and 0.7 of them."""
+    """``sa2`` with its placed steps would give 1.02 and 0.73 of them."""
     denoiser = GaussianDenoiser(LogSNRSchedule(200), [0.0, 0.0], [1.0, 0.01])
     x = sample(denoiser, 2000, shape=(2,))
     assert (x.std(0) / torch.tensor([1.0, 0.1])).tolist() == pytest.approx([1.0, 1.0], abs=0.06)

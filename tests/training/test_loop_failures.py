@@ -153,15 +153,23 @@ def test_resume_refuses_data_that_have_changed(tmp_path):
 
 
 def test_resume_finds_data_that_have_moved(tmp_path):
-    fields = {"model.backbone": "mlp", "train.steps": "2", "sampling.n": "0"}
+    fields = {"model.backbone": "mlp", "train.steps": "6", "train.validate_every": "2", "sampling.n": "0"}
+    fields |= {"train.lr": "0.2", "train.ema_decay": "0.0"}  # the best step is neither the first nor the last
     layers, places = (preset_fields("mlp"), flag_fields(fields.items())), [tmp_path / "a.npy", tmp_path / "b.npy"]
     np.save(places[0], torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).numpy())
     first, moved = (make_config(*layers, flag_fields([("data.spec", f"array:{place}")])) for place in places)
     train(first, tmp_path / "run", device="cpu", progress=False)
-    places[0].rename(places[1])
-    assert train(moved, tmp_path / "run", resume=True, device="cpu", progress=False).step == 2
-    model = load(tmp_path / "run")
-    assert model.info.data == moved.data and len(model.info.read_source(model).train) == 48
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert 0 < load(tmp_path / "run").info.selected["step"] < 6
+    for here, there, config in ((0, 1, moved), (1, 0, first)):  # and back
+        places[here].rename(places[there])
+        assert train(config, tmp_path / "run", resume=True, device="cpu", progress=False).step == 6
+        model = load(tmp_path / "run")
+        assert model.info.data == config.data and len(model.info.read_source(model).train) == 48
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    unknown = make_config(*layers, flag_fields([("train.steps", "7")]))
+    with pytest.raises(UserError, match="was trained with data.spec = array:"):
+        train(unknown, tmp_path / "run", load_source(first.data), resume=True, device="cpu", progress=False)
 
 
 def test_what_is_compiled_is_in_training_mode(tmp_path, monkeypatch):

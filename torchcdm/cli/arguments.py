@@ -49,7 +49,7 @@ SHARED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "model": ("model MODEL", "a run folder, zoo:NAME (see cdm zoo) or hub:OWNER/NAME", {}),
     "paths": ("paths PATH", "images, folders, .npy, .npz or tables; data units", {"nargs": "+", "kind": files}),
     "data": ("--data SPEC", "other data than the run was trained on, of the same columns, shape and grey levels", {}),
-    "split": ("--split", "train, validation or test (test; all of --data that have no splits)", {}),
+    "split": ("--split", "train, validation or test (test, or all of --data without splits)", {}),
     "limit": ("--limit N", "at most N samples, evenly spaced", {"kind": count}),
     "skip-bad": ("--skip-bad", "leave out images and rows that cannot be read", {"kind": bool}),
     "seed": ("--seed S", "seed of everything random", {"kind": int, "default": 0}),

@@ -6,12 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights, mutual_information
 from torchcdm.apps.ratio.checks import check_clip
 from torchcdm.cli.arguments import given, tell
-from torchcdm.data import DataSource, Split, check_spec, parse_size, spec_of
+from torchcdm.data import DataSource, Split, check_spec, fingerprint, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
 from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_log_z
@@ -35,13 +34,15 @@ def nll(options: argparse.Namespace) -> None:
         methods = [method for method in methods_of(model) if method != "logz"]
         if options.methods is not None:
             methods = [method for method in map(str.strip, options.methods.split(",")) if method]
-        source, name, split = _to_measure(model, options, labelled=options.conditional)
+        measured = "logz" in methods
+        own = _own_data(model) if measured and options.data is not None else None
+        source, name, split = _to_measure(model, options, options.conditional, apart=measured and own is None)
         x, labels = split.tensors(options.limit)
         y = evaluation.labels_for(model, labels) if options.conditional else None
         if options.conditional and y is None:
             raise UserError("--conditional: the model or the data have no classes")
-        measured = "logz" in methods
-        training = _training(model, source) if measured else None
+        train = (own or source).train  # what is usual for the model
+        training = train.tensors(TRAINING)[0] if measured and train else None
         known = None if measured else read_log_z(folder, device)
         more = {"name": source.name, "split": name, "progress": main and not options.quiet}
         more |= given(sweeps=options.sweeps)
@@ -65,21 +66,35 @@ def evaluate(options: argparse.Namespace) -> None:
         tell(options.json, text, {"data": {"name": source.name, "split": name}} | values)
 
 
-def _to_measure(model: Denoiser, options: argparse.Namespace, labelled: bool) -> tuple[DataSource, str, Split]:
-    """The data, and the split to measure with its name: of other data than the model's that have no splits, all."""
-    whole = options.split is None and options.data not in (None, model.info.data.spec)
-    source = model.info.read_source(model, options.data, labelled, whole)
-    if whole and not (source.validation or source.test):
-        return source, "all", source.train
-    name = options.split or "test"
+def _to_measure(
+    model: Denoiser, options: argparse.Namespace, labelled: bool, apart: bool = False
+) -> tuple[DataSource, str, Split]:
+    """The data, and the split to measure with its name: of other data than the model's that have no splits, all.
+
+    ``apart``: some are needed that are not measured. So such data are split as those of the training.
+    """
+    info, given = model.info, options.data
+    if options.split is None and not apart and given not in (None, info.data.spec):
+        source = info.read_source(model, given, labelled, whole=True)
+        name = next(name for name in ("test", "validation", "train") if source.splits[name])
+        if name != "train" or not _of_the_training(model, given):
+            return source, "all" if name == "train" else name, source.splits[name]
+    source, name = info.read_source(model, given, labelled), options.split or "test"
     return source, name, source.split(name)
 
 
-def _training(model: Denoiser, source: DataSource) -> Tensor | None:
-    """What is usual for the model: its own training samples, or those of ``source`` where its data are gone."""
+def _of_the_training(model: Denoiser, spec: str) -> bool:
+    """Whether these are the data that the model was trained on, under another name or in another place."""
     with suppress(UserError):
-        source = model.info.read_source(model)
-    return source.train.tensors(TRAINING)[0] if source.train else None
+        return fingerprint(model.info.read_source(model, spec)) == model.info.fingerprint
+    return False  # too few to be split
+
+
+def _own_data(model: Denoiser) -> DataSource | None:
+    """What the model was trained on; None where it is gone."""
+    with suppress(UserError):
+        return model.info.read_source(model)
+    return None
 
 
 def ratio(options: argparse.Namespace) -> None:

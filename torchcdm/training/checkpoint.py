@@ -81,7 +81,8 @@ class ModelInfo:
         UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
-        options = replace(options, validation_fraction=0.0, test_fraction=0.0) if whole else options
+        if whole:
+            options = replace(options, validation_fraction=0.0, test_fraction=0.0, limit=None)
         if options.spec is None:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
             raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")
@@ -102,9 +103,10 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mappi
 
 
 def say_where(run: RunFolder, data: DataOptions) -> None:
-    """Says in ``config.json`` of a kept model where the data of its training are now."""
-    _, info, (tensors,) = read_run(run.root)
-    write_artefact(run.model_info, KINDS[0], encode(replace(info, data=data)), {run.model.name: tensors})
+    """Says in ``config.json`` of a kept model where the data of its training are now, if that is not what it says."""
+    if read_info(run.root).data.spec != data.spec:
+        _, info, (tensors,) = read_run(run.root)
+        write_artefact(run.model_info, KINDS[0], encode(replace(info, data=data)), {run.model.name: tensors})
 
 
 def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None, **others: Mapping[str, Tensor]) -> None:
@@ -331,7 +333,7 @@ def _way_out(folder: Path) -> Iterator[None]:
 
 # Fields that may differ from the run that is resumed: all others would make it another run. Those of the last line may
 # differ too after steps that were not finite ended the run: what may mend it.
-FREE = {"preset", "sampling", "report", "data.workers", "data.spec"}  # samples that are others are seen apart
+FREE = {"preset", "sampling", "report", "data.workers"}
 FREE_IN_TRAIN = {"steps", "max_seconds", "validate_every", "log_every", "save_every", "sample_every"}
 FREE_IN_TRAIN |= {"validation_samples", "patience", "fallback", "calibration", "init"}
 FREE_AFTER_FAILURE = {"lr", "warmup", "grad_clip", "precision"}
@@ -339,10 +341,10 @@ FREE_AFTER_FAILURE = {"lr", "warmup", "grad_clip", "precision"}
 
 def check_same(config: Config, kept: Mapping[str, Any], run: RunFolder) -> None:
     """Refuses to go on where a field that is not free differs from the ``kept`` configuration of a saved state."""
-    lines = read_metrics(run.metrics)
+    lines, free = read_metrics(run.metrics), FREE | ({"data.spec"} if config.data.spec else set())
     in_train = FREE_IN_TRAIN | (FREE_AFTER_FAILURE if lines and lines[-1].get("not_finite") else set())
     for path, mine, theirs in differences(encode(config), kept):
         section, _, name = path.partition(".")
-        if not ({path, section} & FREE or (section == "train" and name in in_train)):
+        if not ({path, section} & free or (section == "train" and name in in_train)):
             differ = f"was trained with {path} = {theirs}, not {mine}"
             raise UserError(f"{run.root}: {differ}; resume with the same, or choose another folder")

@@ -380,7 +380,7 @@ class Trainer:
             # The training ended with its start in the place of these weights, which cannot be compared any more.
             self.selection.best = None
             self.ended = read_json(self.run.report).get("outcome") if self.run.report.exists() else None
-        if self.main and progress.config["data"]["spec"] != self.config.data.spec and self.run.model.exists():
+        if self.main and self.run.model.exists():
             checkpoint.say_where(self.run, self.config.data)
         self.say(f"going on from step {self.step} of {self.options.steps}")
 
