@@ -74,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-groups": partial(pictures.quality_curves, "quality_curves_groups"),
     "quality-curves-groups-25": partial(pictures.quality_curves, "quality_curves_groups_25"),
     "quality-curves-groups-50": partial(pictures.quality_curves, "quality_curves_groups_50"),
+    "quality-curves-groups-100": partial(pictures.quality_curves, "quality_curves_groups_100"),
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
