@@ -254,7 +254,7 @@ def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
 
 @pytest.mark.parametrize(("sampler", "expected"), [("sa2", 1.045), (SASolver(variance=0), 1.074), ("ddpm", 0.919)])
 def test_deviation_that_25_placed_steps_leave_of_a_gaussian(sampler, expected):
-    # Numbers of docs/results/pictures.md: much noise keeps the deviation where the line is not in log r.
+    # Numbers of docs/results/pictures.md: much noise keeps the deviation better where the line is not in log r.
     denoiser = GaussianDenoiser(CosineSchedule(200), [0.2], [1.0])
     levels, _ = adaptive_levels(denoiser, 25, (1,), weight=make_sampler(sampler).weight)
     found = chain_moments(denoiser, levels, sampler)[1]

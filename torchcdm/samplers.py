@@ -268,11 +268,12 @@ class SASolver(Sampler):
         r, (alpha_s, sigma_s) = step.denoiser.schedule.ratio, step.denoiser.schedule.at(step.s, step.x_t)
         t, s, kept = step.t, step.s, (r[step.s] / r[step.t]) ** self.eta
         visited = ((t, now), *step.previous)[: self.memory + 1]
-        data = _integral(step, visited, t, s, self.time, -1 - self.eta, float(r[s]) ** (1 + self.eta))
+        over = self.time, -1 - self.eta, float(r[s]) ** (1 + self.eta)
+        data = _integral(step, visited, t, s, *over)
         if self.eta and len(visited) > 1:
             ends = self.time(r[[s, t, visited[1][0]]])
             reach = float(((ends[2] - ends[1]) / (ends[1] - ends[0])).clamp(max=1))
-            data = torch.lerp((1 - kept * r[s] / r[t]).to(data) * now.x0, data, reach)
+            data = torch.lerp(_integral(step, visited[:1], t, s, *over), data, reach)
         return sigma_s / now.sigma_t * kept * step.x_t + alpha_s * data + sigma_s * (1 - kept**2).sqrt() * step.noise
 
 

@@ -143,7 +143,7 @@ def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
 
 def test_splits_in_folders_of_their_own_are_held_out(tmp_path):
     photos, digits = (
-        SimpleNamespace(info=SimpleNamespace(data=DataOptions(spec), fingerprint=None))
+        SimpleNamespace(info=SimpleNamespace(data=DataOptions(spec), is_training_data=lambda *_: False))
         for spec in (f"folder:{tmp_path}/photos", "digits")
     )
     for path in ("photos", "photos/train", "photos/a.png", "."):

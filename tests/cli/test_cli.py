@@ -146,7 +146,7 @@ def test_other_data_without_splits_are_measured_whole(capsys, tmp_path, run, com
 @pytest.mark.parametrize(("counts", "name"), [((5, 3, 2), "test"), ((5, 3, 0), "validation"), ((5, 0, 0), "all")])
 def test_other_data_with_splits_are_measured_by_what_is_held_out(counts, name):
     parts = [MemorySplit(torch.zeros(count, 2)) for count in counts]
-    info = SimpleNamespace(data=DataOptions(spec="array:a.npy"), fingerprint="")
+    info = SimpleNamespace(data=DataOptions(spec="array:a.npy"), is_training_data=lambda *arguments: False)
     info.read_source = lambda *arguments, **how: DataSource("b", *parts, DataTransform((2,)))
     options = argparse.Namespace(split=None, data="array:b.npy")
     _, found, split = measuring._to_measure(SimpleNamespace(info=info), options, False)

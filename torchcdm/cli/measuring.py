@@ -10,7 +10,7 @@ import numpy as np
 from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights, mutual_information
 from torchcdm.apps.ratio.checks import check_clip
 from torchcdm.cli.arguments import given, tell
-from torchcdm.data import DataSource, Split, check_spec, fingerprint, parse_size, spec_of
+from torchcdm.data import DataSource, Split, check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, methods_of, report
 from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_log_z
@@ -77,17 +77,10 @@ def _to_measure(
     if options.split is None and not apart and given not in (None, info.data.spec):
         source = info.read_source(model, given, labelled, whole=True)
         name = next(name for name in ("test", "validation", "train") if source.splits[name])
-        if name != "train" or not _of_the_training(model, given):
+        if name != "train" or not info.is_training_data(model, given):
             return source, "all" if name == "train" else name, source.splits[name]
     source, name = info.read_source(model, given, labelled), options.split or "test"
     return source, name, source.split(name)
-
-
-def _of_the_training(model: Denoiser, spec: str) -> bool:
-    """Whether these are the data that the model was trained on, under another name or in another place."""
-    with suppress(UserError):
-        return fingerprint(model.info.read_source(model, spec)) == model.info.fingerprint
-    return False  # too few to be split
 
 
 def _own_data(model: Denoiser) -> DataSource | None:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -93,6 +93,12 @@ class ModelInfo:
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source
+
+    def is_training_data(self, model: Denoiser, spec: str) -> bool:
+        """Whether data are those of the training, perhaps in another place; False where that is not known."""
+        with suppress(UserError):  # such as too few to be split
+            return self.fingerprint is not None and fingerprint(self.read_source(model, spec)) == self.fingerprint
+        return False
 
 
 def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mapping[str, Tensor]) -> None:

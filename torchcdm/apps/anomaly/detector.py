@@ -6,7 +6,6 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, final
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_level, level_profile
-from torchcdm.data import MemorySplit, fingerprint, spec_of
+from torchcdm.data import MemorySplit, spec_of
 from torchcdm.data.folders import SPLIT_NAMES
 from torchcdm.errors import UserError, nearest, warn
 from torchcdm.models.denoiser import Denoiser
@@ -201,8 +200,4 @@ def trained_on(model: Denoiser, paths: Sequence[str | Path]) -> bool:
     within = [path.relative_to(root).parts[:1] for path in given if path.is_relative_to(root)]
     if any(part not in others for part in within) or any(root.is_relative_to(path) for path in given):
         return True
-    for path in paths if model.info.fingerprint else ():
-        with suppress(UserError):
-            if fingerprint(model.info.read_source(model, spec_of(path))) == model.info.fingerprint:
-                return True
-    return False
+    return any(model.info.is_training_data(model, spec_of(path)) for path in paths)
