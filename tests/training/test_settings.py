@@ -107,7 +107,7 @@ def test_flags_are_yaml_values():
         make_config({"train": {"lr": "1e-4"}})
 
 
-@pytest.mark.parametrize("text", ["010", "1:30", "0x10"])
+@pytest.mark.parametrize("text", ["010", "1:30", "1:30.0", "0x10"])
 def test_numbers_are_read_as_they_look(tmp_path, text):
     (tmp_path / "c.yaml").write_text(f"train: {{steps: {text}}}")
     for layer in (lambda: flag_fields([("train.steps", text)]), lambda: file_fields(tmp_path / "c.yaml")):

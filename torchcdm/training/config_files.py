@@ -139,11 +139,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")  # to PyYAML 010 is eight, and 1:30 ninety
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")  # to PyYAML 010 is eight, 1:30 and 1:30.0 are ninety
+_FLOAT = re.compile(r"[-+]?((\d+\.\d*|\.\d+)(e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)$", re.IGNORECASE)  # 1e-4 a text
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, _INT if tag.endswith(":int") else form) for tag, form in known]
+    first: [(tag, {"int": _INT, "float": _FLOAT}.get(tag.rpartition(":")[2], form)) for tag, form in known]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)e[-+]?\d+$", re.IGNORECASE)
-for kind in (_Loader, _Dumper):  # to PyYAML 1e-4 is a text
-    kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("+-.0123456789"))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("+-.0123456789"))
