@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.models.denoiser import Denoiser, DenoisingDiffusion
+from torchcdm.models.denoiser import Denoiser
 from torchcdm.models.density import Evaluation
 from torchcdm.models.inputs import as_labels
 from torchcdm.runtime.precision import reduced_precision
@@ -107,8 +107,6 @@ class CDMLoss(Loss):
             the squared error alone first, as the cross-entropy costs it at high learning rates and needs few steps
             once the denoiser is there. (0, 0): both from the first step.
     """
-
-    model: ClassificationDiffusion
 
     @checked
     def __init__(
@@ -270,8 +268,6 @@ def differences_suffice(x: Tensor) -> bool:
 @final
 class DDMLoss(Loss):
     """Squared error of the noise at a random level: L_simple of arXiv 2006.11239; arguments as in :class:`Loss`."""
-
-    model: DenoisingDiffusion
 
     def draw_levels(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Levels of a batch, 1 ... T, on the generator's device: long (n,)."""

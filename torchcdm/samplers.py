@@ -7,8 +7,6 @@ All follow from coordinates in which the flow of every schedule is one equation 
 so that none asks which schedule it runs on. The step to level 0 always returns E[x_0 | x_t].
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -80,7 +78,7 @@ class Sampler(ABC):
         """What a rule that predicts and corrects makes of the prediction at level t; by default the same."""
         return now
 
-    def suited(self, variance: float) -> Sampler:
+    def suited(self, variance: float) -> "Sampler":
         """The same for data of a ``variance`` per value, in model units; by default no other."""
         return self
 

@@ -12,8 +12,6 @@ has :math:`E[e^w] = Z_s / Z_t` for x_t from gamma_t and x_s from r, :math:`E[e^{
 gamma_s and x_t from q.
 """
 
-from __future__ import annotations
-
 from typing import final
 
 import torch
@@ -45,7 +43,7 @@ class Kernels:
         self.variances = variances
 
     @classmethod
-    def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> Kernels:
+    def of_target(cls, target: Target, seed: int = 0, n: int = CALIBRATION_SAMPLES) -> "Kernels":
         """Variances measured at ``MEASURED`` levels at most on ``n`` samples, which a step of each level draws.
 
         At levels between log V_t is linear in log r_t: from one of the lowest levels to the next they fall by much.

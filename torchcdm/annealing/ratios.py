@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -43,8 +44,6 @@ def half_width(errors: Tensor) -> float:
     Groups of columns have variances of their own and the ``errors`` of :meth:`Ratios.errors`, (groups, columns): with
     degrees of freedom by Satterthwaite (1946), without their bias for few columns.
     """
-    from scipy.special import stdtrit
-
     variances, most = errors.square().sum(1), errors.shape[1] + 1
     freedom = most * variances.sum() ** 2 / variances.square().sum() - 2
     return float(stdtrit(float(freedom), 0.975)) if freedom > 0 else 1.96

@@ -7,8 +7,6 @@ density: a fresh draw takes the place of x_T in the same way. Every attempt, acc
 direction. Swaps are between replicas of one column, so that columns are independent of each other.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple, final
 
@@ -72,7 +70,7 @@ class Replicas:
         self.fresh = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # those from the start density
 
     @torch.no_grad()
-    def go_on(self, sweeps: int, burn_in: int = 0, progress: bool = False) -> Replicas:
+    def go_on(self, sweeps: int, burn_in: int = 0, progress: bool = False) -> "Replicas":
         """So many ``sweeps``, at least 4, take the place of all that counted; returns itself.
 
         Step sizes adapt in those of the ``burn_in`` before them, and stay as they are.

@@ -3,8 +3,6 @@ r"""What the engine anneals: unnormalised densities gamma_t, with their gradient
 A CDM is one (:class:`ModelTarget`), and so is a function of several: a subclass of :class:`Target` gives ``evaluate``.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -128,7 +126,7 @@ class Fence:
     whiten: Tensor
 
     @classmethod
-    def of(cls, levels: Sequence[int], profiles: Sequence[Sequence[Tensor]]) -> Fence:
+    def of(cls, levels: Sequence[int], profiles: Sequence[Sequence[Tensor]]) -> "Fence":
         """From log gamma at every level of the schedule, (n, T+2), of usual points of each class and level."""
         some = _compared(levels)
         middle = torch.stack([torch.stack([part[:, some].mean(0) for part in parts]) for parts in profiles])

@@ -1,20 +1,15 @@
 """Figures of a run. Nothing here needs a display."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.files import written
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".webp", ".tif")
 
@@ -79,7 +74,7 @@ def check_figure(path: Path) -> None:
         raise UserError(f"{path}: figures are written as {', '.join(FORMATS)}; choose one of these suffixes")
 
 
-def row_of_axes(count: int, height: float = 3.6) -> list[Axes]:
+def row_of_axes(count: int, height: float = 3.6) -> list[Any]:
     """Panels of a figure side by side, inches; without pyplot, which is not made for threads."""
     from matplotlib.figure import Figure
 
@@ -87,7 +82,7 @@ def row_of_axes(count: int, height: float = 3.6) -> list[Axes]:
 
 
 @contextmanager
-def panels(path: Path, count: int = 1) -> Iterator[list[Axes]]:
+def panels(path: Path, count: int = 1) -> Iterator[list[Any]]:
     """A row of panels to draw on, then written in the format of the path's suffix."""
     check_figure(path)
     axes = row_of_axes(count)

@@ -4,8 +4,6 @@ Index i of diffusers is our level i + 1. Its schedulers preserve variance: where
 noise, x is scaled to that and back.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any, Literal, NoReturn, final
 
@@ -86,7 +84,7 @@ class CDMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @classmethod
-    def of(cls, model: Denoiser, kind: type = DDIMScheduler, **options: Any) -> CDMPipeline:
+    def of(cls, model: Denoiser, kind: type = DDIMScheduler, **options: Any) -> "CDMPipeline":
         """The pipeline of a model; further arguments as in :func:`diffusers_scheduler`."""
         return cls(DiffusersNetwork(model), diffusers_scheduler(model.schedule, kind, **options))
 

@@ -1,7 +1,5 @@
 """The outlier detector for PyOD (github.com/yzhao062/pyod): its pipelines, combinations and thresholds run on it."""
 
-from __future__ import annotations
-
 from numbers import Real
 from typing import TYPE_CHECKING, Any, final
 
@@ -24,11 +22,11 @@ class PyodDetector(BaseDetector):
             PyThresh: then the detector has its own. The fitted one is ``detector_``.
     """
 
-    def __init__(self, detector: CDMOutlierDetector, contamination: float = 0.1) -> None:
+    def __init__(self, detector: "CDMOutlierDetector", contamination: float = 0.1) -> None:
         super().__init__(float(contamination) if isinstance(contamination, Real) else contamination)
         self.detector = detector
 
-    def fit(self, X: Any, y: Any = None) -> PyodDetector:
+    def fit(self, X: Any, y: Any = None) -> "PyodDetector":
         """Trains the model on a table (N, columns); ``y`` is ignored. Errors are those of ``CDMOutlierDetector``."""
         self._set_n_classes(y)
         known = {"contamination": self.contamination} if isinstance(self.contamination, float) else {}

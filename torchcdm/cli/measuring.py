@@ -35,7 +35,10 @@ def nll(options: argparse.Namespace) -> None:
         if options.methods is not None:
             methods = [method for method in map(str.strip, options.methods.split(",")) if method]
         measured = "logz" in methods
-        own = _own_data(model) if measured and options.data is not None else None
+        own = None  # what the model was trained on, unless it is gone
+        if measured and options.data is not None:
+            with suppress(UserError):
+                own = model.info.read_source(model)
         source, name, split = _to_measure(model, options, options.conditional, apart=measured and own is None)
         x, labels = split.tensors(options.limit)
         y = evaluation.labels_for(model, labels) if options.conditional else None
@@ -81,13 +84,6 @@ def _to_measure(
             return source, "all" if name == "train" else name, source.splits[name]
     source, name = info.read_source(model, given, labelled), options.split or "test"
     return source, name, source.split(name)
-
-
-def _own_data(model: Denoiser) -> DataSource | None:
-    """What the model was trained on; None where it is gone."""
-    with suppress(UserError):
-        return model.info.read_source(model)
-    return None
 
 
 def ratio(options: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from torchcdm import compose
 from torchcdm.cli.arguments import given, say
@@ -39,7 +38,12 @@ def sample(options: argparse.Namespace) -> None:
         known = {str(k): k for k in range(model.classes or 0)}
         names = {name: k for k, name in enumerate(info.class_names or ())} if known else {}
         known = names if known.keys() & names.keys() else known | names  # names may be other numbers
-        y, target = _labels(options, model, known), _composed(model, known, options)
+        y = None
+        if options.label == "balanced" and known:
+            y = balanced_labels(options.n, model.classes)
+        elif options.label is not None:
+            y = torch.full((options.n,), _known("label", options.label, known, "balanced"))
+        target = _composed(model, known, options)
         how = {name: getattr(options, name) for name in SAMPLING}
         found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)
     if not main:
@@ -66,15 +70,6 @@ def _composed(model: Denoiser, known: dict[str, int], options: argparse.Namespac
     for name, text in asked.items():
         model = getattr(compose, name)(model, [_known(name, part.strip(), known) for part in text.split(",")])
     return model if options.beta is None else compose.tempered(model, options.beta)
-
-
-def _labels(options: argparse.Namespace, model: Denoiser, known: dict[str, int]) -> Tensor | None:
-    """The classes that ``--label`` asks for."""
-    if options.label is None:
-        return None
-    if options.label == "balanced" and known:
-        return balanced_labels(options.n, model.classes)
-    return torch.full((options.n,), _known("label", options.label, known, "balanced"))
 
 
 def _known(flag: str, name: str, known: dict[str, int], *others: str) -> int:

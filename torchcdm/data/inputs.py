@@ -112,7 +112,7 @@ def read_pictures(
         elif (x := _picture(path, transform, options, shape or transform.shape)) is None:
             bad.append(path)
         else:
-            _check_shape(tuple(x.shape), shape or tuple(x.shape), path)
+            check_shape(tuple(x.shape), shape or tuple(x.shape), path)
             pictures.append(x)
             names.append(printable(path))
     if not pictures:
@@ -149,7 +149,7 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
 def read_table(frame: DataFrame, name: str, transform: DataTransform, options: DataOptions) -> Inputs:
     """The rows of a table for a model of this transform; those that hold what training never had deviate."""
     table = transform.table or TableEncoding.numbers(frame.columns)
-    _check_shape((len(table.kept),), transform.shape, name)
+    check_shape((len(table.kept),), transform.shape, name)
     x, rows, deviating = table.encode(frame, name, options.skip_bad, deviating=True)
     names = [f"{frame.index.name or 'row'} {frame.index[i]}" for i in rows.tolist()]
     bad = len(frame) - len(rows)
@@ -166,7 +166,7 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
     x = x[None] if one_sample else x
     values, grid, _ = arrays.interpret(x, str(path), first=x.shape[1:] == shape)
     values = arrays.convert_images(values, grid, options) if values.ndim == 4 else values
-    _check_shape(tuple(values.shape[1:]), shape, path)
+    check_shape(tuple(values.shape[1:]), shape, path)
     names = [f"{printable(path)}[{i}]" for i in range(len(values))]
     return Inputs(single(values.numpy(), str(path)), names, [""] * len(names))
 
@@ -184,7 +184,7 @@ def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: 
             raise
         return None
     if len(shape) != 3 or x.shape[0] != shape[0] or x.shape[1] < shape[1] or x.shape[2] < shape[2]:
-        _check_shape(tuple(x.shape), shape, path)
+        check_shape(tuple(x.shape), shape, path)
     return x.float() if path.suffix.lower() == ".npy" else on_grid(x.float(), high, transform, path)
 
 
@@ -198,7 +198,8 @@ def on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Pa
     return transform.quantize(low + x * ((high - low) / file_high))
 
 
-def _check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path | str) -> None:
+def check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path | str) -> None:
+    """Refuses samples of another shape than the model's, in words."""
     if found != needed:
         both = ["vectors of {}", "", "images of {1} x {2} pixels, {0} channel(s)"]
         found, needed = (both[len(shape) - 1].format(*shape) for shape in (found, needed))

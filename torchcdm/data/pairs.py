@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.data import tables
-from torchcdm.data.inputs import Inputs, check_range, read_inputs, read_table
+from torchcdm.data.inputs import Inputs, check_range, check_shape, read_inputs, read_table
 from torchcdm.data.loading import check_spec, read_samples, samples_of, spec_of
 from torchcdm.data.options import DataOptions
 from torchcdm.data.source import DataSource, Grid, MemorySplit, single, split_rows
@@ -133,9 +133,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
         return read_inputs(x, transform, options)
     query, grid = read_side(x, "query", options, table)
     if table is None:
-        shape = tuple(query.shape[1:])
-        if shape != transform.shape:
-            raise UserError(f"query: samples have shape {shape}; the fitted ones have {transform.shape}")
+        check_shape(tuple(query.shape[1:]), transform.shape, "query")
         if grid is not None and transform.bin is None:
             raise UserError("query: grey levels; the fitted samples are continuous values: give such")
         if grid is not None and transform.high - transform.low >= DEPTH * max(1, grid[1] - grid[0]):

@@ -1,7 +1,5 @@
 """Base densities: known in closed form at every level, and what the logits of a network are a correction to."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, final
@@ -26,7 +24,7 @@ class BaseDensity(Float64Module, ABC):
         self.schedule = schedule
 
     @property
-    def gaussian(self) -> GaussianMarginals | None:
+    def gaussian(self) -> "GaussianMarginals | None":
         """The one Gaussian of all data in it; None where nothing was fitted."""
         return None
 

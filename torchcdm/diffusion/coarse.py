@@ -4,8 +4,6 @@ Noise hides the rest of an image first: a draw along these directions, with nois
 A Gaussian in their place (arXiv 2311.10892) gives pictures a brightness and contrasts that data do not have together.
 """
 
-from __future__ import annotations
-
 from typing import final
 
 import torch
@@ -33,13 +31,13 @@ class CoarseData(nn.Module):
         self.positions = nn.Buffer(positions.half())
 
     @classmethod
-    def blank(cls, dim: int, classes: int = 0) -> CoarseData:
+    def blank(cls, dim: int, classes: int = 0) -> "CoarseData":
         """Zeros of the right shapes, to load a saved state into."""
         kinds = classes + 1
         return cls(torch.zeros(kinds, dim), torch.zeros(kinds, RANK, dim), torch.zeros(kinds, POINTS, RANK))
 
     @classmethod
-    def fit(cls, samples: Tensor, labels: Tensor, classes: int = 0) -> CoarseData:
+    def fit(cls, samples: Tensor, labels: Tensor, classes: int = 0) -> "CoarseData":
         """Of ``samples`` (N, *shape) with ``labels``, long (N,); a class of fewer than two has those of all data."""
         x = samples.flatten(1).float()
         parts = [leading(part if len(part) > 1 else x) for part in [*(x[labels == y] for y in range(classes)), x]]

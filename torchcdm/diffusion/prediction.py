@@ -1,7 +1,5 @@
 """What a denoiser says of x_t: one conversion table between noise, data, score and velocity."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,12 +22,12 @@ class Prediction:
     eps: Tensor
 
     @classmethod
-    def of_x0(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, x0: Tensor) -> Prediction:
+    def of_x0(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, x0: Tensor) -> "Prediction":
         """The same from E[x_0 | x_t] (identity 4)."""
         return cls(x_t, alpha_t, sigma_t, (x_t - alpha_t * x0) / sigma_t)
 
     @classmethod
-    def of_score(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, score: Tensor) -> Prediction:
+    def of_score(cls, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor, score: Tensor) -> "Prediction":
         """The same from grad log p_t(x_t) (identity 3)."""
         return cls(x_t, alpha_t, sigma_t, -sigma_t * score)
 

@@ -1,7 +1,5 @@
 """What the estimators share: from a table to a trained model, and from a row to what the model sees."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from annotated_types import Le
 from scipy.stats import qmc
@@ -45,9 +44,6 @@ from torchcdm.units import ColumnTransform, DataTransform, TableEncoding
 from torchcdm.units.frames import as_frame, by_place, is_frame, noted, without_counter
 from torchcdm.units.lattice import Discrete, by_chance, spread
 from torchcdm.units.table import Encoded
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 COPIES, COPIED_ROWS = 20, 200_000  # noisy copies of a table with cells, and rows of all of them, to train on at most
 DRAWS = 8  # draws of the dequantisation noise that a score is averaged over
@@ -119,7 +115,7 @@ class TableEstimator(BaseEstimator):
     random_state: Any = None
     verbose: Any = 0
 
-    def _describe(self, frame: DataFrame, name: str, has_density: bool = True) -> TableEncoding:
+    def _describe(self, frame: pd.DataFrame, name: str, has_density: bool = True) -> TableEncoding:
         """The columns of a training table, and what is to be known of them: notes, and a warning."""
         table, notes = TableEncoding.fit(frame, name, cells=has_density)
         uncountable = [column.name for column in table.kept if column.codes]
@@ -351,7 +347,7 @@ def noise_draws(table: TableEncoding, seed: int) -> Tensor:
 
 def data_frame(
     table: Any, name: str, like: TableEncoding | None = None, check: Callable[..., np.ndarray] | None = None
-) -> DataFrame:
+) -> pd.DataFrame:
     """A data frame as it comes, and anything else that scikit-learn takes as a table of finite numbers.
 
     Columns ``like`` those of the fit go by name; by their place where the fit or the table has no names. ``check`` is
@@ -359,8 +355,6 @@ def data_frame(
     their ValueError and TypeError. UserError for no rows, fewer than ``SMALLEST_TABLE`` to fit, or another number
     of columns without names.
     """
-    import pandas as pd
-
     smallest = SMALLEST_TABLE if like is None else 1
     named = is_frame(table)
     if not named:

@@ -1,13 +1,12 @@
 """Conditional densities of a table given another: simulation-based inference in one pass."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, final
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.linear_model import GammaRegressor
@@ -77,7 +76,7 @@ class CDMConditional(DensityEstimator):
     _saved |= dict.fromkeys(("_centre", "_log_size"), lambda parts: SmoothRegression(*map(np.array, parts)))
     _saved |= dict.fromkeys(("_scales", "_normalizer"), np.array)
 
-    def fit(self, theta: Any, x: Any) -> CDMConditional:
+    def fit(self, theta: Any, x: Any) -> "CDMConditional":
         """Trains the model on parameters ``theta`` (N, p) or (N,) and what was observed or simulated with them, ``x``
         (N, q) or (N,), of which the network sees a number for each level of a text.
 
@@ -188,8 +187,6 @@ class CDMConditional(DensityEstimator):
             return theta
         if not self._framed:
             return theta.reshape(len(theta) // n, n, -1)
-        import pandas as pd
-
         return theta.set_index(pd.MultiIndex.from_product([range(len(theta) // n), range(n)]))
 
     def inside(self, theta: Any, x: Any, mass: ProperShare = 0.9999, random_state: Any = None) -> np.ndarray:

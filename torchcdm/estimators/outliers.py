@@ -1,7 +1,5 @@
 """Outlier detection in a table as a scikit-learn estimator."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, final
@@ -122,7 +120,7 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         self.detector_.save(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> CDMOutlierDetector:
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "CDMOutlierDetector":
         """A saved estimator; errors as in :meth:`TableDensity.load`."""
         self = super().load(folder, device)
         self.detector_ = AnomalyDetector.load(folder, self.model_)

@@ -5,8 +5,6 @@ r"""Code lengths of data on a grid through a noisy level: encoder and decoder of
 with :math:`z = \alpha_t x + \sigma_t \epsilon` and x spread over the cell of k. Section 5 of ``docs/method.md``.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from typing import final
@@ -24,7 +22,7 @@ REACH = 9.0  # deviations of the noise within which a decoder weighs cells: exp(
 LARGEST_TABLE = 2**16  # samples times dimensions times candidates of a decoder at once: they stay in the cache
 
 
-def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> NoisyCells:
+def noisy_cells(transform: DataTransform, schedule: NoiseSchedule, level: int) -> "NoisyCells":
     """The cells of a transform with a bin at a noise level 1 ... T."""
     return (NormalCells if isinstance(transform, GaussianizedTransform) else EqualCells)(transform, schedule, level)
 
@@ -109,8 +107,6 @@ class NormalCells(NoisyCells):
 
     ``edges`` of the cells are (d, levels + 1), and ``unit`` is their typical width, (d,), both model units.
     """
-
-    transform: GaussianizedTransform
 
     def __init__(self, transform: GaussianizedTransform, schedule: NoiseSchedule, level: int) -> None:
         super().__init__(transform, schedule, level)

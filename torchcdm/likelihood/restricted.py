@@ -12,8 +12,6 @@ with variances of r, and tables of the decoder P(k|x_l), by the denoised value o
 is known exactly, which one variance for all cannot say. Any that were fixed beforehand leave the bound valid.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +53,7 @@ class MeasuredStep:
     table: Tensor | None = None
 
     @classmethod
-    def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> MeasuredStep:
+    def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> "MeasuredStep":
         """From data (N, *shape), those in model units, and what was denoised at the level."""
         flat, (low, high) = denoised.flatten(), (transform.low, transform.high)
         counted = transform.bin is not None and low is not None and high is not None

@@ -42,8 +42,6 @@ class ClassificationDiffusion(Float64Module, DensityModel):
         torch.Size([5])
     """
 
-    log_class_prior: Tensor | None
-
     def __init__(
         self, backbone: nn.Module, schedule: NoiseSchedule, transform: DataTransform | None = None,
         gaussian: BaseDensity | None = None, class_prior: Tensor | None = None,
@@ -55,7 +53,7 @@ class ClassificationDiffusion(Float64Module, DensityModel):
             fits = prior.shape == (self.classes or 1,) and bool((prior >= 0).all()) and float(prior.sum()) > 0
             if not fits:
                 raise UserError(f"class_prior: {self.classes} numbers are needed, none negative, and one above 0")
-            self.register_buffer("log_class_prior", (prior / prior.sum()).log())
+            self.log_class_prior = nn.Buffer((prior / prior.sum()).log())
 
     @property
     def joint(self) -> bool:

@@ -1,7 +1,5 @@
 """Denoisers: what every sampler and likelihood sees of a model; the plain one, and guidance of any."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +39,7 @@ class Denoiser(nn.Module, ABC):
 
     transform: DataTransform
     composed: bool = False
-    info: ModelInfo | None = None
+    info: "ModelInfo | None" = None
 
     def __init__(
         self, schedule: NoiseSchedule, transform: DataTransform | None = None, backbone: nn.Module | None = None,
@@ -74,7 +72,7 @@ class Denoiser(nn.Module, ABC):
         return self.classes is not None or self.context is not None
 
     @property
-    def density(self) -> DensityModel | None:
+    def density(self) -> "DensityModel | None":
         """This model as a density; None where it has none in closed form."""
         return None
 

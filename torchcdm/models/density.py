@@ -1,7 +1,5 @@
 """Models with a density: what "has a density" means."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from abc import abstractmethod
@@ -44,7 +42,7 @@ class DensityModel(Denoiser):
     """Power to which densities of data are taken, in all; 1 but for compositions."""
 
     @property
-    def density(self) -> DensityModel:
+    def density(self) -> "DensityModel":
         return self
 
     @property
@@ -163,7 +161,7 @@ class DensityModel(Denoiser):
         log_p = log_p.masked_fill(far & log_p.isnan(), -math.inf)
         return log_p if z is x else log_p + self.transform.log_det(x)
 
-    def distribution(self, y: Any = None, **options: Any) -> ModelDistribution:
+    def distribution(self, y: Any = None, **options: Any) -> "ModelDistribution":
         """The model as a ``torch.distributions.Distribution``, with ``log_prob``, ``sample`` and ``event_shape``.
 
         Given one class, or one context, ``y``, where it is not None; with ``options`` of :func:`torchcdm.sample`, such

@@ -1,7 +1,5 @@
 """What public calls of models and samplers take: inputs, labels and levels, checked before they reach a network."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +40,7 @@ def as_numbers(x: Any, device: torch.device, transform: DataTransform | None = N
     return values
 
 
-def as_labels(y: Any, model: Denoiser, n: int, one_for_all: bool = False, training: bool = False) -> Tensor | None:
+def as_labels(y: Any, model: "Denoiser", n: int, one_for_all: bool = False, training: bool = False) -> Tensor | None:
     """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context); None for no labels.
 
     ``one_for_all`` lets a single label, or context, stand for all samples. In ``training`` the null label ``classes``

@@ -1,7 +1,5 @@
 """Measurements on held-out data, in total and level by level, and which weights of a training they name the best."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, final
@@ -36,7 +34,7 @@ class NoisyBatch(NamedTuple):
     eps: Tensor
     y: Tensor | None
 
-    def by_parts(self, model: Denoiser, function: Callable[[NoisyBatch], Tensor]) -> Tensor:
+    def by_parts(self, model: Denoiser, function: "Callable[[NoisyBatch], Tensor]") -> Tensor:
         """``function`` of parts of the batch, (B, ...), on the CPU: all processes share the network, not the noise."""
 
         def one(rows: slice) -> Tensor:

@@ -1,7 +1,5 @@
 """Settings of a run: what presets, YAML files and flags may set; those of parts are derived from constructors."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from annotated_types import Le
@@ -75,7 +73,7 @@ class ModelConfig:
     schedule: validation.named(*SCHEDULE_SETTINGS.values()) = SCHEDULE_SETTINGS["uniform-sigma"]()
 
     @model_validator(mode="after")
-    def _fits(self) -> ModelConfig:
+    def _fits(self) -> "ModelConfig":
         components = self.components or 1
         if self.class_gaussians and (self.gaussian is False or self.labels != "joint"):
             raise ValueError("class_gaussians needs gaussian, and labels joint")

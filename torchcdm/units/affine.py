@@ -1,7 +1,5 @@
 """The affine map from data units to model units."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
@@ -75,13 +73,15 @@ class DataTransform(Float64Module):
         self.dequantize = dequantize and bin is not None
 
     @classmethod
-    def images(cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True, low: float = 0) -> DataTransform:
+    def images(
+        cls, shape: Sequence[int], levels: int = 256, dequantize: bool = True, low: float = 0
+    ) -> "DataTransform":
         """Grey levels low ... low + levels - 1 to [-1, 1]; with ``dequantize`` it is their cells that fill it."""
         scale = levels / 2 if dequantize else (levels - 1) / 2
         return cls(shape, low + (levels - 1) / 2, scale, 1.0, dequantize, low, low + levels - 1)
 
     @classmethod
-    def standardize(cls, x: Tensor) -> DataTransform:
+    def standardize(cls, x: Tensor) -> "DataTransform":
         """Zero mean and unit deviation for each column of ``x`` (N, d); over all pixels of images (N, C, H, W)."""
         values, over = x.double(), 0 if x.ndim == 2 else None
         return cls(x.shape[1:], values.mean(over), values.std(over, correction=0))

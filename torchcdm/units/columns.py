@@ -1,7 +1,5 @@
 """Columns of a table, each by a map of its own."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -45,11 +43,6 @@ class ColumnTransform(DataTransform):
 
     gaussianized = True
 
-    least: Tensor
-    skew: Tensor
-    tail: Tensor
-    bent: Tensor
-
     def __init__(
         self, warp: Mapping[str, Any], histograms: Mapping[str | int, Sequence[Any]], dequantize: bool = True
     ) -> None:
@@ -57,8 +50,8 @@ class ColumnTransform(DataTransform):
         if any(value.shape != (len(scale),) for value in (least, location, scale, skew, tail, bent)):
             raise ValueError(f"warp: a number for each column is needed of {', '.join(WARP)}")
         super().__init__(tuple(scale.shape), location, scale)
-        for name, value in (("least", least), ("skew", skew), ("tail", tail), ("bent", bent.bool())):
-            self.register_buffer(name, value, persistent=False)
+        buffers = (nn.Buffer(value, persistent=False) for value in (least, skew, tail, bent.bool()))
+        self.least, self.skew, self.tail, self.bent = buffers
         self.histograms = nn.ModuleDict({str(k): Histogram(*h) for k, h in dict(histograms).items()})
         self._columns = [(int(k), histogram) for k, histogram in self.histograms.items()]
         self.cells = {k: histogram.cells for k, histogram in self._columns if histogram.cells.values}
@@ -68,7 +61,7 @@ class ColumnTransform(DataTransform):
     def fit(
         cls, x: Tensor, cells: Mapping[int, Cells] = NONE, bent: bool = True, dequantize: bool = True,
         step: bool = False, sources: Tensor | None = None,
-    ) -> ColumnTransform:  # fmt: skip
+    ) -> "ColumnTransform":  # fmt: skip
         """From the training rows ``x`` (N, d), data units; columns with values dequantised, or as they are.
 
         ``cells`` are the values that have a probability, by the place of the column. Continuous columns are ``bent``,
@@ -155,11 +148,6 @@ class Histogram(Float64Module):
         cumulative: Probability below each of the edges.
     """
 
-    values: Tensor
-    edges: Tensor
-    cumulative: Tensor
-    log_unit: Tensor
-
     def __init__(self, cells: Sequence[Any], edges: Sequence[float], cumulative: Sequence[float]) -> None:
         super().__init__()
         of_cells, width, mixed = cells
@@ -169,9 +157,8 @@ class Histogram(Float64Module):
         middles = (edges[1:] + edges[:-1]) / 2
         of_values = ((middles[:, None] - values).abs() < width / 2).any(1) | (not mixed)
         log_unit = torch.where(of_values, torch.tensor(width, dtype=torch.float64).log(), 0.0)
-        buffers = {"values": values, "edges": edges, "cumulative": cumulative, "log_unit": log_unit}
-        for name, value in buffers.items():
-            self.register_buffer(name, value, persistent=False)
+        buffers = (nn.Buffer(value, persistent=False) for value in (values, edges, cumulative, log_unit))
+        self.values, self.edges, self.cumulative, self.log_unit = buffers
 
     def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """z and log dz/dx per unit of its density, each (N,); beyond the edges a line of the ``scale``."""

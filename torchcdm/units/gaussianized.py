@@ -1,7 +1,5 @@
 """Grey levels to standard normals, each dimension by its own histogram."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, final
@@ -49,7 +47,7 @@ class GaussianizedTransform(DataTransform):
         self.cumulative = nn.Buffer(uniform.expand(*self.shape, -1).contiguous())
 
     @classmethod
-    def fit(cls, transform: DataTransform, batches: Iterable[Tensor], flip: bool = False) -> GaussianizedTransform:
+    def fit(cls, transform: DataTransform, batches: Iterable[Tensor], flip: bool = False) -> "GaussianizedTransform":
         """From histograms of the training data, ``batches`` (B, *shape), on the grid of a ``transform``.
 
         With ``flip`` the mirror image of each image counts, too.

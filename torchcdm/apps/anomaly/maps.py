@@ -4,8 +4,6 @@ The ELBO is a sum of these squared errors over levels and places. Each is compar
 place. Errors of single pixels show what is rough; errors of small areas show what is smooth but out of place.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import final
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from torchcdm.apps.anomaly.scores import as_samples, by_batches
@@ -60,7 +59,7 @@ class AnomalyMap:
         if not len(self.ratios) or min(self.ratios) <= 0:
             raise UserError(f"ratios is {self.ratios}; give noise-to-signal ratios, above 0")
 
-    def fit(self, reference: Tensor) -> AnomalyMap:
+    def fit(self, reference: Tensor) -> "AnomalyMap":
         """Learns what errors are normal, of at most 500 samples of a ``reference`` that the model was not trained on,
         data units, (N, *shape); UserError as of :func:`torchcdm.apps.anomaly.scores.as_samples`."""
         reference = as_samples(self.model, reference, 2)
@@ -90,7 +89,7 @@ class AnomalyMap:
 
         return by_batches(model, of, x)
 
-    def learn(self, normal: Tensor) -> AnomalyMap:
+    def learn(self, normal: Tensor) -> "AnomalyMap":
         """As :meth:`fit`, of :meth:`errors` of the reference."""
         squares = self._squares(normal)
         deviation = squares.std(0)
@@ -117,8 +116,6 @@ class AnomalyMap:
 
 def _smooth(maps: Tensor, share: float) -> Tensor:
     """(..., H, W) under a Gaussian, its deviation a share of the shorter side; edges are repeated."""
-    from scipy.ndimage import gaussian_filter
-
     deviation = share * min(maps.shape[-2:])
     sigma = (0.0,) * (maps.ndim - 2) + (deviation, deviation)
     return torch.from_numpy(gaussian_filter(maps.numpy(), sigma, mode="nearest", radius=math.ceil(2 * deviation)))

@@ -1,7 +1,5 @@
 """What log ratios are worth: importance weights, and checks that need no known ratio."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
@@ -128,7 +126,7 @@ class Calibration:
     bins: tuple[Bin, ...]
 
     @classmethod
-    def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> Calibration:
+    def of(cls, numerator: np.ndarray, denominator: np.ndarray) -> "Calibration":
         """From log ratios at held-out samples of numerator (N,) and denominator (M,); UserError for fewer than two."""
         numerator, denominator = both_sides(numerator, denominator)
         table = _reliability(numerator, denominator)

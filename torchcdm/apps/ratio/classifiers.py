@@ -4,8 +4,6 @@ The logits of a classifier are the log ratio where both sources are as frequent:
 little where the sources hardly overlap, so that held-out samples decide how far they are followed (``blending.py``).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -173,7 +171,7 @@ class Classifiers(nn.Module):
     @classmethod
     def fit(
         cls, x: Tensor, y: Tensor, steps: int, seed: int, until: float = np.inf, progress: bool = False
-    ) -> Classifiers:
+    ) -> "Classifiers":
         """Of rows (N, d) and their sources (N,), none of them a copy; ``steps`` are those of the ratio's network."""
         order = torch.randperm(len(x), generator=stream(seed, "classifiers"))
         if len(x) > MOST_ROWS:  # all of a source that is rare
@@ -196,7 +194,7 @@ class Classifiers(nn.Module):
         return fitted.requires_grad_(False)
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Classifiers:
+    def of(cls, state: Mapping[str, Tensor]) -> "Classifiers":
         """From a ``state_dict``."""
         fitted = cls(len(state["low"]), state["value"].shape).requires_grad_(False)
         fitted.load_state_dict(state)

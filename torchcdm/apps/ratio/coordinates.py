@@ -5,8 +5,6 @@ where bent columns were mixed, independent components (FastICA) undo the mixture
 that of a Gaussian for each source, in the units of the data whatever the coordinates.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections.abc import Mapping
@@ -72,7 +70,7 @@ class Unmixing:
         return {"matrix": self.matrix.tolist(), "centre": self.centre.tolist(), "warp": self.warp.to_config()}
 
     @classmethod
-    def fit(cls, z: Tensor, warp: ColumnTransform) -> Unmixing:
+    def fit(cls, z: Tensor, warp: ColumnTransform) -> "Unmixing":
         """The components of the rows that ``warp`` took to ``z`` (N, d)."""
         x = warp.inverse(z)
         centre, scale = x.mean(0), x.std(0).clamp_min(1e-12)
@@ -101,7 +99,7 @@ class Curves:
         return {"knots": self.knots.tolist(), "log_slopes": self.log_slopes.tolist()}
 
     @classmethod
-    def fit(cls, x: Tensor, y: Tensor) -> Curves:
+    def fit(cls, x: Tensor, y: Tensor) -> "Curves":
         """The curves under which columns of rows (N, d), float64, are most nearly normal for each of the sources (N,):
         by penalised likelihood."""
         rows = evenly_spaced(len(x), CURVE_ROWS)
