@@ -335,8 +335,8 @@ def adaptive_levels(
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
     steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
     model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
-    where more are asked for than there are fine ones. A denoiser with coarse data starts below T,
-    see :func:`coarse_levels`. ``y`` are classes or contexts asked for, (n, ...). UserError for more steps than T.
+    where more are asked for than there are fine ones. A denoiser with coarse data starts below T, see
+    :func:`coarse_levels`. Steps are no more than levels. ``y`` are classes or contexts asked for, (n, ...).
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))
@@ -354,7 +354,7 @@ def adaptive_levels(
     spread = u.std(1).square().mean(1).sqrt()
     variance = float(spread[-1]) ** 2
     if steps >= len(fine) - first:
-        return [*schedule.time_grid(steps, min(max(fine[first], steps), schedule.T)), 0], variance
+        return [*schedule.time_grid(min(steps, fine[first]), fine[first]), 0], variance
     cost = torch.full((count, count), torch.inf)
     for i in range(count - 1):
         reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]

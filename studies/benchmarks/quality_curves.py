@@ -133,20 +133,21 @@ def cell(
         y = None if model.classes is None else balanced_labels(options.samples, model.classes)
         if groups is not None:
             y = groups[evenly_spaced(len(groups), options.samples)]
-        began = time.process_time()
+        began, cost = time.process_time(), passes * (rule.cost(steps) + moves * (steps - 1))
+        made = cost
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
             path = adaptive_levels(model, steps, shape, y, rule.weight)[0] if spacing == "adaptive" else even
             moved = partial(taken, model, moves, seed)
             x = trajectories(model, options.samples, rule, path, shape, y, seed, moved=moved)
         else:
-            x = sample(model, options.samples, rule, steps, y, options.guidance, seed, corrector=moves,
-                       spacing="adaptive" if spacing == "adaptive" else "even")  # fmt: skip
+            draws = sample(model, options.samples, rule, steps, y, options.guidance, seed, corrector=moves,
+                           spacing="adaptive" if spacing == "adaptive" else "even", details=True)  # fmt: skip
+            x, made = draws.x, passes * draws.evaluations  # fewer than asked for, of few levels below a start
         seconds = time.process_time() - began
         save_grid(x[:SHOWN], stem.with_suffix(".png"), model.transform, 10)
-        cost = passes * (rule.cost(steps) + moves * (steps - 1))
         return {"model": name, "sampler": sampler, "spacing": spacing, "evaluations": cost, "steps": steps,
-                "seed": seed, "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
+                "made": made, "seed": seed, "seconds": seconds, **asdict(ruler.quality(x))}  # fmt: skip
 
     return cache.numbers(stem.with_suffix(".json"), settings, make)
 

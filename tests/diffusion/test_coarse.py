@@ -8,7 +8,7 @@ from denoisers import GaussianDenoiser
 from oracles import SCHEDULES, normal
 from small_runs import small_config
 
-from torchcdm.compose.sampling import trajectories
+from torchcdm.compose.sampling import sample, trajectories
 from torchcdm.diffusion.coarse import POINTS, RANK, CoarseData
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
@@ -92,7 +92,7 @@ def test_the_steps_above_a_start_are_saved():
     denoiser.coarse = coarse(torch.eye(3), variance.sqrt() * normal(256, 3), mean)
     levels, _ = adaptive_levels(denoiser, 4, (3,))
     assert full[0] == 200 > levels[0] and len(full) == 5
-    assert levels == [4, 3, 2, 1, 0]  # nothing is across the directions
+    assert levels == [1, 0]  # nothing is across the directions, and below level 1 is the end
     x = trajectories(denoiser, 2000, DDIM(), levels, (3,))
     assert torch.allclose(x.mean(0), mean.double(), atol=0.15)
     assert torch.allclose(x.std(0), variance.sqrt().double(), rtol=0.1)
@@ -123,6 +123,17 @@ def test_a_start_is_where_the_divergence_across_the_directions_says():
     noise, wide = (SCHEDULE.ratio[grid].double().square()[:, None] + part for part in (0, variance[1:]))
     divergence = ((wide / noise).log() + noise / wide - 1).sum(1) / 2 / 20
     assert 0 < first < len(grid) - 1 and divergence[first] < 1.1 * FAR and divergence[first + 1] > 0.9 * FAR
+
+
+def test_more_steps_than_levels_below_the_start_are_all_of_these():
+    # From level T on, as many as there are levels, clothes have twice the distance (docs/results/pictures.md).
+    denoiser = GaussianDenoiser(SCHEDULE, [0.0] * 20, [2.0] + [0.25] * 19)
+    denoiser.coarse = coarse(torch.eye(20)[:1], 2**0.5 * normal(256, 1))
+    start = adaptive_levels(denoiser, 10, (20,))[0][0]
+    assert adaptive_levels(denoiser, SCHEDULE.T, (20,))[0] == list(range(start, -1, -1))
+    with pytest.warns(UserWarning, match=f"^{start} steps, not 200: placed ones begin at level {start}:"):
+        draws = sample(denoiser, 2, "ddim", SCHEDULE.T, shape=(20,), spacing="adaptive", details=True)
+    assert draws.evaluations == start < SCHEDULE.T
 
 
 def test_a_denoiser_that_is_wrong_at_much_noise_does_not_decide_where_there_is_little_to_know():

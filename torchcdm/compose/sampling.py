@@ -103,12 +103,12 @@ def sample(
     """Draws samples of a model or of a composed density: (n, *shape) on the CPU, a data frame of a model of a table.
 
     By default 25 steps: of images a stochastic Adams solver (``sa2``), of vectors DPM-Solver++ (``dpm++``), of a
-    composed density the reverse chain (``ddpm``) with a move that is accepted or rejected after each. Exactly
-    ``steps`` levels are visited, level T first, where steps are placed and the model keeps coarse data a lower one;
-    level 0 is reached last. Sample i depends on ``seed`` and i, not on
-    batch size or device; placed steps and moves also on which classes are asked for. UserError for a request that
-    makes no sense, such as more steps than T, labels of an unconditional model, or no known shape; for a model without
-    a density; for weights that vanish everywhere.
+    composed density the reverse chain (``ddpm``) with a move that is accepted or rejected after each. So
+    many levels as ``steps`` are visited, level T first; where steps are placed and the model keeps coarse data a lower
+    one, and all below it where more are asked for, with a warning. Level 0 is reached last. Sample i depends on
+    ``seed`` and i, not on batch size or device; placed steps and moves also on which classes are asked for. UserError
+    for a request that makes no sense, such as more steps than T, labels of an unconditional model, or no known shape;
+    for a model without a density; for weights that vanish everywhere.
 
     Args:
         model: Any denoiser, put in eval mode meanwhile; corrections need a density.
@@ -163,6 +163,9 @@ def sample(
     path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
+        if len(path) <= steps:
+            warn(f"{len(path) - 1} steps, not {steps}: placed ones begin at level {path[0]}: there are no more")
+            steps = len(path) - 1
         rule = rule.suited(variance)
         if moves is None and not rule.stochastic and model.density is not None and model.coarse is not None:
             denoiser = LevelReader(model.density, guidance)
