@@ -20,7 +20,7 @@ from torchcdm.apps.anomaly.scores import (
 from torchcdm.diffusion.gaussian import GaussianMarginals
 from torchcdm.diffusion.schedules import LogSNRSchedule, UniformSigmaSchedule
 from torchcdm.random import stream
-from torchcdm.units import DataTransform, GaussianizedTransform
+from torchcdm.units import DataTransform, GaussianizedTransform, TableEncoding
 
 SCHEDULE = UniformSigmaSchedule(20)
 SINGLE = [name for name in SCORES if name != "ratio"]
@@ -146,6 +146,24 @@ def test_the_ratio_is_background_over_model_in_the_units_of_the_data(mixture):
     wide = torch.distributions.MultivariateNormal(torch.zeros(2).double(), 4 * torch.eye(2).double())
     background_log_p = wide.log_prob(z) - scaled.scale.log().sum()
     torch.testing.assert_close(score(x), background_log_p - mixture_at_level(mixture, SCHEDULE, 0).log_prob(x))
+
+
+def test_the_ratio_of_tables_goes_by_their_columns(mixture):
+    """The background's table has them in another order: it sees the same cells, and refuses what it has not."""
+    own, broad = (exact_model(mixture_, transform=DataTransform((2,))) for mixture_ in (
+        GaussianMixture(mixture.log_weights.exp(), mixture.means, _covariances(mixture)),
+        GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.diag(torch.tensor([4.0, 9.0]))[None])))  # fmt: skip
+    own.transform.table, x = TableEncoding.numbers(["a", "b"]), normal(50, 2)
+    broad.transform.table = TableEncoding.numbers(["b", "a"])
+    difference = broad.log_prob(x.flip(1)) - own.log_prob(x)
+    torch.testing.assert_close(scorer("ratio", own, x, broad)(x), difference)
+    torch.testing.assert_close(scorer("ratio", own, x, broad)(own.transform.table.decode(x)), difference)
+    broad.transform.table = TableEncoding.numbers(["b", "c"])
+    with pytest.raises(UserError, match="the background: no column 'c'"):
+        scorer("ratio", own, x, broad)
+    broad.transform.table = None
+    with pytest.raises(UserError, match="one of model and background was trained on a table"):
+        AnomalyDetector("ratio", own, broad)
 
 
 # --- what the scores are for -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
 from torchcdm.runtime.validation import ProperShare, checked, shown
+from torchcdm.units import TableEncoding
 
 FILE, TENSORS = "detector.json", "detector.safetensors"
 
@@ -55,6 +56,8 @@ class AnomalyDetector:
         self.name, self.models = name, tuple(require_density(one, "an anomaly score") for one in given)
         if self.models[-1].shape != model.shape:
             raise UserError(f"the background takes inputs of shape {background.shape}, the model {model.shape}")
+        if len({_table(one) is None for one in self.models}) > 1:
+            raise UserError("one of model and background was trained on a table, the other on arrays; give two alike")
         self.fitted: Fitted | None = None
         self.calibration: Tensor | None = None
         self._coarse = coarse_level(model.schedule)
@@ -78,7 +81,12 @@ class AnomalyDetector:
 
     def features(self, x: Tensor) -> Tensor:
         """The profile of each input with what posteriors there are; of two models log p_0 of both; float64 (N, .)."""
-        profiles = [level_profile(model, x, posteriors=True) for model in self.models]
+        own, codes = _table(self.models[0]), [x]
+        for other in map(_table, self.models[1:]):
+            # Another table has its own order of columns, and numbers of its own for their levels.
+            recoded = isinstance(x, Tensor) and own != other
+            codes.append(other.encode(own.decode(x), "the background").x if recoded else x)
+        profiles = [level_profile(*pair, posteriors=True) for pair in zip(self.models, codes, strict=True)]
         return profiles[0] if len(profiles) == 1 else torch.stack([profile[:, 0] for profile in profiles], 1)
 
     def learn(self, features: Tensor) -> AnomalyDetector:
@@ -164,6 +172,11 @@ class AnomalyDetector:
             for name, value in sorted(model.state_dict().items()):
                 digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _table(model: Denoiser) -> TableEncoding | None:
+    """What the columns of a model of a table are; None of others."""
+    return None if model.transform is None else model.transform.table
 
 
 def normal_data(
