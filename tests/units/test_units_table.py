@@ -1,6 +1,7 @@
 """Tables as they come: every kind of cell to a code and back, and that what a model says of codes is a density."""
 
 import gzip
+import io
 import json
 
 import numpy as np
@@ -118,6 +119,40 @@ def test_a_number_is_read_as_its_column_writes_them_and_not_as_its_neighbours(te
             codes, bad, _ = table.columns[0].encode(pd.Series([text, *neighbours]))
             assert codes[0] == number and not bad.any()
     assert table.columns[0].encode(pd.Series([1.234], dtype=object))[0] == 1.234, "a number is no text"
+
+
+@pytest.mark.parametrize(
+    ("training", "texts", "doubtful", "what"),
+    [
+        (["0.512", "1.250"], ["0,7", "1,234"], "1,234", "numbers"),
+        (["1.234", "12,5"], ["1.234", "7.5"], "1.234", "numbers"),
+        (["0,512", "9"], ["1.234", "1.234,5"], "1.234", "numbers"),
+        (["0,512", "1,250"], ["1.234", "7.5"], "1.234", ""),
+        (["25/04/2024", "5/6/2024"], ["04/25/2024", "5/6/2024"], "5/6/2024", "dates"),
+        (["04/25/2024", "5/6/2024"], ["25/04/2024", "5/6/2024"], "5/6/2024", "dates"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_written_otherwise_is_refused_where_it_would_be_misread(training, texts, doubtful, what):
+    """Half of its column would be read as other numbers, without a word: here 1,234 as 1234, beside 0,7 as 0.7."""
+    table, _ = TableEncoding.fit(pd.DataFrame({"a": training * 20, "b": np.arange(40)}))
+    frame = pd.DataFrame({"a": texts, "b": 1.0})
+    table.encode(frame[:1]), table.encode(frame[1:])  # each of the cells alone can be read
+    if what:
+        with pytest.raises(UserError, match=f"column 'a', row .: holds {what} written otherwise.* '{doubtful}' is"):
+            table.encode(frame)
+        with pytest.raises(UserError, match="written otherwise"):
+            table.encode(frame, skip_bad=True)
+    else:
+        assert table.encode(frame).x[:, 0].tolist() == [1.234, 7.5]
+
+
+def test_categories_of_numbers_are_the_same_where_pandas_made_them_floats():
+    frame = pd.DataFrame({"house": [*"123", "12a"] * 10, "x": np.arange(40) ** 1.5})
+    table, _ = TableEncoding.fit(frame)
+    read = pd.read_csv(io.StringIO("house,x\n1,0.5\n,0.5\n3,0.5\n"))
+    assert read["house"].dtype == float
+    assert table.encode(read, deviating=True).deviating == ["", "house", ""]
+    assert table.encode(read[::2]).x[:, 0].tolist() == table.encode(frame.iloc[[0, 2]]).x[:, 0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,11 @@ def kind_of(cells: Series) -> Kind | Literal[""]:
 
 def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     """Cells as texts, object (N,): the empty text where they are missing, False and True of booleans."""
-    texts = cells.astype(object).where(cells.notna(), "").astype(str).str.strip()
+    def text(cell: Any) -> str:
+        # Of whole numbers pandas makes floats where a cell is empty.
+        return f"{cell:.0f}" if isinstance(cell, float) and cell.is_integer() else str(cell)
+
+    texts = cells.astype(object).where(cells.notna(), "").map(text).astype(str).str.strip()
     lower = texts.str.lower()
     texts = texts.mask(lower.isin(EMPTY), "")
     if kind == "boolean":
@@ -65,20 +69,21 @@ def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     return texts.to_numpy(object)
 
 
-def spelling(cells: Series, kind: Kind) -> dict[str, Any]:
+def spelling(cells: Series, kind: Kind, thousands: Thousands = ",", day_first: bool = False) -> dict[str, Any]:
     """How the texts of a column of numbers or dates are written: arguments of :func:`numbers_of` or :func:`days_of`.
 
     The mark between ``thousands`` is that by which most of them are numbers, the comma before the point; none where
     the comma is the decimal mark and no number has a point. Dates are ``day_first`` where more of them have a number
-    above 12 before the month than behind it.
+    above 12 before the month than behind it. Where nothing tells, what is given.
     """
     texts = texts_of(cells[_are_texts(cells)], kind)
     if kind == "date":
         found = [match for text in texts if (match := DAY_AND_MONTH.match(text))]
-        return {"day_first": sum(int(at[1]) > 12 for at in found) > sum(int(at[3]) > 12 for at in found)}
+        first, second = (sum(int(at[place]) > 12 for at in found) for place in (1, 3))
+        return {"day_first": day_first if first == second else first > second}
     commas, points = (np.isfinite(_parsed(texts, mark)) for mark in (",", "."))
     if commas.sum() >= points.sum():
-        return {"thousands": ","}
+        return {"thousands": thousands if commas.sum() == points.sum() else ","}
     return {"thousands": "." if any("." in text for text in texts[points]) else ""}
 
 
@@ -117,7 +122,8 @@ def days_of(cells: Series, day_first: bool = False) -> tuple[np.ndarray, np.ndar
 
 def _are_texts(cells: Series) -> np.ndarray:
     """Which cells are texts, bool (N,)."""
-    return np.array([isinstance(cell, str) for cell in cells], bool)
+    plain = cells.dtype.kind in KINDS
+    return np.zeros(len(cells), bool) if plain else np.array([isinstance(cell, str) for cell in cells], bool)
 
 
 def _parsed(texts: np.ndarray, thousands: Thousands) -> np.ndarray:

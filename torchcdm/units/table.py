@@ -86,6 +86,17 @@ class Column:
         """Cells as numbers or dates, float64, nan where they are none, and which are missing."""
         return days_of(cells, self.day_first) if self.kind == "date" else numbers_of(cells, self.thousands)
 
+    def misread(self, cells: Series) -> str:
+        """What is wrong where other cells show numbers or dates to be written otherwise than in training."""
+        alike = self if self.levels else replace(self, **spelling(cells, self.kind, self.thousands, self.day_first))
+        if alike == self:
+            return ""
+        x, other = self.read(cells)[0], alike.read(cells)[0]
+        for k in np.flatnonzero(np.isfinite(x) & (x != other)):
+            what = f"holds {self.kind}s written otherwise than in training, where '{cells.iloc[k]}' is another one"
+            return f"column '{self.name}', {cells.index.name or 'row'} {cells.index[k]}: {what}; write them alike"
+        return ""
+
     def decode(self, codes: np.ndarray) -> Any:
         """Cells of the column's own kind from codes (N,), those of values and levels rounded."""
         import pandas as pd
@@ -213,6 +224,8 @@ class TableEncoding:
             if constant is not None and column.name not in frame.columns:
                 continue
             cells = frame[column.name]
+            if wrong := column.misread(cells):
+                raise UserError(f"{name}: {wrong}")
             code, bad, strange = column.encode(cells)
             for row in np.flatnonzero(strange | (constant is not None and code != constant)):
                 odd[row].append(column.name)
