@@ -114,7 +114,7 @@ def test_rows_that_deviate_are_no_reference(tmp_path, wines):
     frame.loc[:35, "ash"] = None
     frame.to_csv(tmp_path / "reference.csv", index=False)
     with pytest.warns(UserWarning, match="36 of 178 rows of the reference hold what training never had"):
-        normal, _ = normal_data(wines[1].model, [tmp_path / "reference.csv"])
+        normal = normal_data(wines[1].model, [tmp_path / "reference.csv"]).x
     assert len(normal) == 178 - 36
 
 
@@ -149,8 +149,8 @@ def test_a_copy_scores_alike(digits, scorer):
 
 
 def test_normal_data_are_named(digits):
-    x, name = normal_data(load("zoo:digits"), limit=50)
-    assert x.shape == (50, 1, 8, 8) and name == "validation split of digits"
+    x, name, held_out = normal_data(load("zoo:digits"), limit=50)
+    assert x.shape == (50, 1, 8, 8) and name == "validation split of digits" and held_out
 
 
 def test_mistakes_are_named(digits, scorer, wines):

@@ -69,7 +69,7 @@ class Scorer:
             raise UserError("the model knows nothing of its data; give one that torchcdm.load read")
         self.info, self.fpr, self.skip_bad = self.model.info, fpr, skip_bad
         if detector is None:
-            normal, _ = normal_data(self.model, reference, skip_bad)
+            normal = normal_data(self.model, reference, skip_bad).x
             detector = AnomalyDetector(score, self.model).fit(normal)
             if explain is None and len(self.info.transform.shape) == 1:
                 explain = AnomalyMap(self.model).fit(normal)

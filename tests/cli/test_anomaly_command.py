@@ -139,6 +139,13 @@ def test_rows_of_a_table_are_named_by_their_lines(capsys, tmp_path):
     shutil.copy(tmp_path / "good.csv", tmp_path / "copy.csv")
     told = score(capsys, run, tmp_path / "new.csv", "--reference", tmp_path / "copy.csv")
     assert "warning: the model was trained on this reference" in told
+    told = score(capsys, run, tmp_path / "new.csv")
+    assert "calibrated on 15 held-out samples" in told and "warning" not in told
+    with (tmp_path / "good.csv").open("a") as file:
+        file.write("0.5,1.25\n" * 20)  # another split: what is held out now was trained on
+    with pytest.warns(UserWarning, match="not the data of the training any more"):
+        told = score(capsys, run, tmp_path / "new.csv")
+    assert "calibrated on 16 samples" in told and "or may have been" in told
 
 
 def test_splits_in_folders_of_their_own_are_held_out(tmp_path):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
-from torchcdm.apps.anomaly.detector import trained_on
 from torchcdm.apps.anomaly.maps import save_maps
 from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
 from torchcdm.apps.explorer import Explorer, page, serve
@@ -53,13 +52,12 @@ def score(options: argparse.Namespace) -> None:
         inputs = None if ray else model.info.read_inputs(options.paths, options.skip_bad)
         if options.maps is not None:
             check_no_more(options.maps, len(inputs.x))
-        reference, origin = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
-        held_out = not trained_on(model, options.reference or ())
-        detector.fit(reference)
+        normal = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
+        detector.fit(normal.x)
         if options.fpr is None:  # the smallest rate that a small reference calibrates
             fpr = max(fpr, 1 / (len(detector.calibration) + 1))
         explained = options.maps is not None or (not images and options.csv is not None)
-        explain = AnomalyMap(model).fit(reference) if explained else None
+        explain = AnomalyMap(model).fit(normal.x) if explained else None
         words = {"fpr": fpr, "skip_bad": options.skip_bad, "device": device}
         scorer = Scorer(model, detector, None if images else explain, **words)
         if inputs is not None:
@@ -79,9 +77,9 @@ def score(options: argparse.Namespace) -> None:
     threshold = detector.threshold(fpr)
     if options.plot is not None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
-    known = {"name": origin, "fitted": len(reference) // 2, "calibration": len(detector.calibration)}
+    known = {"name": normal.name, "fitted": len(normal.x) // 2, "calibration": len(detector.calibration)}
     numbers = {"score": options.score, "fpr": fpr, "threshold": threshold, "reference": known}
-    numbers |= {"held_out": held_out}
+    numbers |= {"held_out": normal.held_out}
     numbers |= {"count": len(scores), "flagged": sum(flags), "deviating": sum(deviating)}
     numbers |= {"scores": scores, "percentiles": percentiles, "flags": flags}
     tell(options.json, _summary(numbers, names), numbers)
@@ -130,8 +128,8 @@ def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
     calibrated = f"calibrated on {known['calibration']} {samples}: {known['name']}"
     lines.append(f"score '{numbers['score']}', threshold {numbers['threshold']:.5g}, {calibrated}")
     if not numbers["held_out"]:
-        mend = "leave --reference out, or give other normal data"
-        lines.append(f"warning: the model was trained on this reference, so more will be flagged than that; {mend}")
+        what = "the model was trained on this reference, or may have been, so more will be flagged than that"
+        lines.append(f"warning: {what}; give other normal data by --reference")
     if numbers["deviating"]:
         lines.append(f"{numbers['deviating']} of them whatever their score: they hold what training never had")
     if numbers["score"] == "log_prob":
@@ -142,7 +140,7 @@ def _summary(numbers: dict[str, Any], names: Mapping[int, str]) -> str:
 def explore(options: argparse.Namespace) -> None:
     """Serves the page until it is stopped."""
     model = load(options.model, chosen_device(options.device))
-    reference, _ = normal_data(model, options.reference, limit=EXAMPLES)
+    reference = normal_data(model, options.reference, limit=EXAMPLES).x
     test = () if options.reference else model.info.read_source(model).test
     examples = test.tensors(EXAMPLES)[0].float() if test else reference
     blocks = page(Explorer(model, reference, examples), options.model)

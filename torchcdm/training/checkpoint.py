@@ -87,12 +87,16 @@ class ModelInfo:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
             raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")
         source = load_data(options, self.transform)
-        known = None if options.clusters is not None else self.fingerprint  # groups were its labels
-        if spec is None and known not in (None, fingerprint(source)):
+        if spec is None and self.differs(source):
             warn(f"{options.spec}: not the data of the training any more; what is held out may have been trained on")
         if labelled and model.classes is not None and source.class_names is not None:
             return renumbered(source, self.class_names)
         return source
+
+    def differs(self, source: DataSource) -> bool:
+        """Whether data are others than those of the training; False where that is not known, as of groups."""
+        known = None if self.data.clusters is not None else self.fingerprint  # groups were its labels
+        return known not in (None, fingerprint(source))
 
     def is_training_data(self, model: Denoiser, spec: str) -> bool:
         """Whether data are those of the training, perhaps in another place; False where that is not known."""

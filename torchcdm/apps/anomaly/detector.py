@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -179,10 +179,18 @@ def _table(model: Denoiser) -> TableEncoding | None:
     return None if model.transform is None else model.transform.table
 
 
+class NormalData(NamedTuple):
+    """Normal samples, data units (N, *shape), what they are called, and whether a model was not trained on them."""
+
+    x: Tensor
+    name: str
+    held_out: bool
+
+
 def normal_data(
     model: Denoiser, paths: str | Path | Sequence[str | Path] | None = None, skip_bad: bool = False, limit: int = 5000
-) -> tuple[Tensor, str]:
-    """Normal data that did not train a model of known data, data units (N, *shape), and what they are called.
+) -> NormalData:
+    """Normal data for a model of known data.
 
     From the files ``paths``, without what cannot be read where ``skip_bad`` says so; the validation split of the
     model's own data when None. At most ``limit`` samples, evenly spaced. Rows that hold what training never had are
@@ -195,13 +203,15 @@ def normal_data(
         if not usual.all():
             what = f"{int((~usual).sum())} of {len(usual)} rows of the reference hold what training never had"
             warn(f"{what}, and so are no part of it; such rows are always flagged, whatever the rate")
-        return MemorySplit(found.x[usual]).tensors(limit)[0], ", ".join(map(str, paths))
+        held_out = not trained_on(model, paths)
+        return NormalData(MemorySplit(found.x[usual]).tensors(limit)[0], ", ".join(map(str, paths)), held_out)
     try:
         source = model.info.read_source(model)
         split = source.split("validation")
     except UserError as error:
         raise UserError(f"{error}; or give normal data by --reference PATH") from None
-    return split.tensors(limit)[0].float(), f"validation split of {source.name}"
+    held_out = not model.info.differs(source)
+    return NormalData(split.tensors(limit)[0].float(), f"validation split of {source.name}", held_out)
 
 
 def trained_on(model: Denoiser, paths: Sequence[str | Path]) -> bool:
