@@ -39,6 +39,27 @@ def test_samples_of_a_class(capsys, tmp_path, conditional):
     assert np.load(tmp_path / "one" / "samples.npz")["y"].tolist() == [7, 7]
 
 
+def test_the_class_that_a_joint_model_drew_is_a_column_of_the_table_again(capsys, tmp_path):
+    """With it samples are a labelled table, which another model can learn from."""
+    draw = np.random.default_rng(0)
+    kind = draw.integers(0, 2, 400)
+    x = np.round(draw.normal(size=400) + 6 * kind, 3)
+    lines = [f"{value},{('low', 'high')[k]}" for value, k in zip(x, kind, strict=True)]
+    (tmp_path / "t.csv").write_text("path,self\n" + "\n".join(lines) + "\n")
+    succeed(capsys, "train", "table", "--data", f"table:{tmp_path / 't.csv'}", "--label", "self", "--model.labels",
+            "joint", "--model.class_gaussians", "true", "--steps", "1", "--no-report", "--quiet",
+            "--out", tmp_path / "run")  # fmt: skip
+    succeed(capsys, "sample", tmp_path / "run", "--n", "60", "--out", tmp_path / "out", "--quiet")
+    for folder in (tmp_path / "out", tmp_path / "run" / "samples"):
+        with next(path for path in folder.glob("*.csv") if path.stem != "manifest").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [row["path"] for row in rows] and {row["self"] for row in rows} == {"low", "high"}
+    by_class = {name: [float(row["path"]) for row in rows if row["self"] == name] for name in ("low", "high")}
+    assert np.mean(by_class["low"]) < 1.5 and np.mean(by_class["high"]) > 4.5, "each class has a Gaussian of its own"
+    with (tmp_path / "out" / "manifest.csv").open() as file:
+        assert {row["label"] for row in csv.DictReader(file)} == {"low", "high"}
+
+
 def test_names_of_classes_may_be_other_numbers(capsys, tmp_path, conditional):
     model = load(conditional)
     model.info = replace(model.info, class_names=tuple("1234567890"))

@@ -250,6 +250,7 @@ def test_a_joint_model_draws_a_class_first_by_its_frequency():
     assert torch.equal(model.draw_classes(50, seed=3), y[:50])
     drawn = [sample(model, 50, steps=5, shape=(2,), y=labels, seed=3) for labels in (None, y[:50])]
     assert torch.equal(*drawn)
+    assert torch.equal(sample(model, 50, steps=5, shape=(2,), seed=3, details=True).y, y[:50])
     assert mixture_model().draw_classes(5) is None
 
 

@@ -11,7 +11,7 @@ from torchcdm.compose.tilted import Map
 from torchcdm.data import save_array, save_grid, save_images
 from torchcdm.data.arrays import read as read_array
 from torchcdm.data.images import read_image
-from torchcdm.data.outputs import check_no_more, save_manifest, save_sheet
+from torchcdm.data.outputs import check_no_more, in_words, save_manifest, save_sheet
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import check_output_folder, write_rows
@@ -48,12 +48,14 @@ def sample(options: argparse.Namespace) -> None:
         found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)
     if not main:
         return
+    y = found.y if y is None else y
+    classes = in_words(y, info.class_names)
     if options.format in ("grid", "all"):
-        save_sheet(found.x, out / "samples", model.transform)
+        save_sheet(found.x, out / "samples", model.transform, info.data.label, classes)
     files = save_images(found.x, out, model.transform) if options.format in ("images", "all") and pictures else []
     if options.format in ("array", "all"):
         save_array(found.x, out / "samples.npz", model.transform, y)
-    save_manifest(out / "manifest.csv", options.seed, y, log_p, options.n, info.class_names, files)
+    save_manifest(out / "manifest.csv", options.seed, classes, log_p, options.n, files)
     cost = f"{found.evaluations} evaluation{'s' * (found.evaluations > 1)} of the denoiser each"
     parts = [f"{options.n} samples in {out}", cost if found.evaluations else "", found.summary()]
     print("; ".join(part for part in parts if part))

@@ -52,6 +52,7 @@ class Draws:
         log_weights: Their weights, normalised, (N,).
         acceptance: Share of the moves accepted.
         evaluations: Evaluations of the denoiser, for each sample; 0 for particles, which visit all levels.
+        y: Classes or contexts of the samples, asked for or drawn; None for none, and of particles.
     """
 
     x: Tensor
@@ -61,6 +62,7 @@ class Draws:
     log_weights: Tensor | None = None
     acceptance: float | None = None
     evaluations: int = 0
+    y: Tensor | None = None
 
     def mean(self) -> Tensor:
         """Mean of the weighted particles, or of the samples where there are none, (*shape), not rounded."""
@@ -179,7 +181,8 @@ def sample(
     if not details:
         return x
     acceptance = None if moves is None else moves.acceptance(n)
-    return Draws(x, float(n), acceptance=acceptance, evaluations=rule.cost(steps) + corrector * (steps - 1))
+    known = {"evaluations": rule.cost(steps) + corrector * (steps - 1), "acceptance": acceptance}
+    return Draws(x, float(n), y=None if labels is None else labels.cpu(), **known)
 
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]

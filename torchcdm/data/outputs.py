@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,9 +107,13 @@ def save_array(x: Tensor, path: str | Path, transform: DataTransform | None = No
     return path
 
 
-def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = None) -> Path:
+def save_table(
+    x: Tensor, path: str | Path, transform: DataTransform | None = None, label: str | None = None,
+    classes: Sequence[Any] = (),
+) -> Path:  # fmt: skip
     """Vectors (N, d), data units, as CSV with column names, which ``table:FILE`` reads back exactly. The ``transform``
-    has the names, and values to round to; c0, c1, ... where it has none."""
+    has the names, and values to round to; c0, c1, ... where it has none. ``classes``, if any, are a column ``label``.
+    """
     import pandas as pd
 
     if x.ndim != 2:
@@ -116,24 +121,33 @@ def save_table(x: Tensor, path: str | Path, transform: DataTransform | None = No
     x = x if transform is None else transform.quantize(x)
     table = None if transform is None else transform.table
     frame = pd.DataFrame(x.cpu().numpy()).add_prefix("c") if table is None else table.decode(x)
+    if label is not None and classes:
+        frame[label] = classes
     write_file(Path(path), frame.to_csv(index=False))
     return Path(path)
 
 
-def save_sheet(x: Tensor, stem: Path, transform: DataTransform | None) -> Path:
-    """All samples of a model with this ``transform`` in one file: ``stem`` as a PNG grid, or as a CSV table."""
-    save, suffix = (save_grid, ".png") if x.ndim == 4 else (save_table, ".csv")
-    return save(x, stem.with_suffix(suffix), transform)
+def save_sheet(
+    x: Tensor, stem: Path, transform: DataTransform | None, label: str | None = None, classes: Sequence[Any] = ()
+) -> Path:
+    """All samples of a model with this ``transform`` in one file: ``stem`` as a PNG grid, or as a CSV table, which
+    has their ``classes``, too, as :func:`save_table` writes them."""
+    if x.ndim == 4:
+        return save_grid(x, stem.with_suffix(".png"), transform)
+    return save_table(x, stem.with_suffix(".csv"), transform, label, classes)
+
+
+def in_words(y: Tensor | None, names: Sequence[str] | None) -> list[Any]:
+    """Classes (N,) by their ``names``, as numbers where they have none; nothing for None."""
+    return [] if y is None else [names[label] if names else label for label in y.tolist()]
 
 
 def save_manifest(
-    path: Path, seed: int, y: Tensor | None, log_p: Tensor | None, n: int, names: Sequence[str] | None,
-    files: Sequence[Path] = (),
-) -> None:  # fmt: skip
-    """``manifest.csv``: index, seed, label by ``names``, log p (nats, data units) and file of ``n`` samples."""
-    labels = [""] * n if y is None else [names[label] if names else label for label in y.tolist()]
+    path: Path, seed: int, classes: Sequence[Any], log_p: Tensor | None, n: int, files: Sequence[Path] = ()
+) -> None:
+    """``manifest.csv``: index, seed, class if known, log p (nats, data units) and file of ``n`` samples."""
     values = [""] * n if log_p is None else [f"{value:.4f}" for value in log_p.tolist()]
-    columns = {"index": range(n), "seed": [seed] * n, "label": labels, "log_p": values}
+    columns = {"index": range(n), "seed": [seed] * n, "label": classes or [""] * n, "log_p": values}
     columns |= {"file": [file.name for file in files]} if files else {}
     write_rows(path, list(columns), zip(*columns.values(), strict=True))
 

@@ -23,7 +23,7 @@ from torchcdm.annealing.ratios import best_constants
 from torchcdm.annealing.target import in_batches
 from torchcdm.compose.sampling import STEPS, Draws, sample
 from torchcdm.data import DataSource
-from torchcdm.data.outputs import save_manifest, save_sheet
+from torchcdm.data.outputs import in_words, save_manifest, save_sheet
 from torchcdm.errors import UserError
 from torchcdm.likelihood import Scoring, single_pass
 from torchcdm.models.cdm import ClassificationDiffusion
@@ -64,8 +64,9 @@ def save_samples(
     guidance = 0.0 if y is None else config.sampling.guidance
     options = sampling_options(model, config.sampling)
     found, log_p = draw(model, n, y, seed, guidance=guidance, progress=progress, **options)
-    save_manifest(run.samples / "manifest.csv", seed, y, log_p, n, source.class_names)
-    return save_sheet(found.x, run.samples / name, model.transform)
+    classes = in_words(y, source.class_names)
+    save_manifest(run.samples / "manifest.csv", seed, classes, log_p, n)
+    return save_sheet(found.x, run.samples / name, model.transform, config.data.label, classes)
 
 
 @torch.no_grad()
