@@ -58,6 +58,10 @@ def test_the_class_that_a_joint_model_drew_is_a_column_of_the_table_again(capsys
     assert np.mean(by_class["low"]) < 1.5 and np.mean(by_class["high"]) > 4.5, "each class has a Gaussian of its own"
     with (tmp_path / "out" / "manifest.csv").open() as file:
         assert {row["label"] for row in csv.DictReader(file)} == {"low", "high"}
+    (tmp_path / "new.csv").write_text("path,self\n0.5,low\n5.5,\n0.1,low\n")
+    words = ["nll", tmp_path / "run", "--data", f"table:{tmp_path / 'new.csv'}", "--methods", "single", "--quiet"]
+    assert "single" in succeed(capsys, *words), "a label that is not used may be missing"
+    assert "has no label" in refuse(capsys, *words, "--conditional")
 
 
 def test_names_of_classes_may_be_other_numbers(capsys, tmp_path, conditional):

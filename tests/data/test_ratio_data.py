@@ -187,6 +187,8 @@ def test_options_are_checked():
     x = normal(60, 2)
     with pytest.raises(UserError, match="validation_fraction is 0"):
         pair_up(x, x, DataOptions(validation_fraction=0))
+    with pytest.raises(UserError, match="size and channels are for images"):
+        pair_up(x, x, DataOptions(size=(3, 3)))
     with pytest.raises(UserError, match="every column is constant"):
         pair_up(np.ones((60, 2)), np.ones((60, 2)))
 

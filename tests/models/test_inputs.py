@@ -1,6 +1,7 @@
 """Python calls with any input: a right result, or UserError, ValueError or TypeError."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from torchcdm.errors import UserError
 from torchcdm.losses import CDMLoss, DDMLoss
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion, GuidedDenoiser
+from torchcdm.models.inputs import as_labels
 from torchcdm.networks.mlp import DDMMLP, MLP
 from torchcdm.samplers import DDIM
 from torchcdm.units import DataTransform
@@ -167,6 +169,19 @@ def test_labels_that_are_none_of_the_model_are_refused(y):
     for call in (*(lambda call=call: call(x, y=y) for call in calls), lambda: JOINT.denoise(x, 3, y)):
         with pytest.raises(UserError, match="label|y has|y holds"):
             call()
+
+
+def test_classes_go_by_the_names_that_the_model_knows(monkeypatch):
+    x, names = normal(3, 2).float(), [f"kind {k}" for k in range(CLASSES)]
+    with pytest.raises(UserError, match="y: no class 'kind 1'; the model knows no names of classes; give numbers"):
+        JOINT.log_prob(x, y=["kind 1"] * 3)
+    monkeypatch.setattr(JOINT, "info", SimpleNamespace(class_names=tuple(names)))
+    expected = JOINT.log_prob(x, y=torch.tensor([1, 0, 1]))
+    for same in (["kind 1", "kind 0", "kind 1"], np.array(["kind 1", "kind 0", "kind 1"])):
+        assert torch.equal(JOINT.log_prob(x, y=same), expected)
+    assert torch.equal(as_labels("kind 1", JOINT, 2, one_for_all=True), torch.tensor([1, 1]))
+    with pytest.raises(UserError, match="y: no class 'kin 1'; did you mean 'kind 1'"):
+        as_labels(["kind 0", "kin 1"], JOINT, 2)
 
 
 def test_labels_of_a_data_frame_are_taken_in_their_order():

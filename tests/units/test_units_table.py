@@ -65,6 +65,17 @@ def test_whole_numbers_that_number_the_rows_are_noted(values, noted):
     assert ("column 'serial' holds a different whole number in every row: if it is an id, drop it." in notes) == noted
 
 
+@pytest.mark.parametrize("texts", [False, True])
+def test_whole_numbers_that_float64_does_not_tell_apart_are_refused(texts):
+    """Identifiers of messages: of a thousand nine were left, as if the data had so few values."""
+    large = pd.Series(10**18 + np.arange(200), dtype="int64")
+    frame = pd.DataFrame({"id": large.astype(str) if texts else large, "x": np.arange(200.0)})
+    with pytest.raises(UserError, match="column 'id' holds whole numbers up to 1e.18, more than float64 tells"):
+        TableEncoding.fit(frame)
+    even = frame.assign(id=(10**18 + 1024 * np.arange(200)))
+    assert TableEncoding.fit(even)[0].encode(even).x[:, 0].diff().tolist() == [1024] * 199
+
+
 @pytest.mark.parametrize(
     ("cells", "back"),
     [

@@ -97,7 +97,7 @@ class Draws:
 @checked
 def sample(
     model: Denoiser, n: Count, sampler: str | Sampler | None = None, steps: Count | None = None,
-    y: Tensor | int | None = None, guidance: Float = 0.0, seed: Seed = 0, batch_size: Count | None = None,
+    y: Tensor | int | str | None = None, guidance: Float = 0.0, seed: Seed = 0, batch_size: Count | None = None,
     spacing: Literal["even", "adaptive"] | None = None, shape: tuple[Count, ...] | None = None,
     units: Literal["data", "codes", "model"] = "data", corrector: CountOrZero | None = None,
     particles: CountOrZero = 0, sweeps: CountOrZero = 0, details: bool = False, progress: bool = False,
@@ -118,8 +118,9 @@ def sample(
         sampler: A name in :data:`torchcdm.samplers.SAMPLERS`, or a sampler with settings of its own. Particles are
             proposed by the reverse kernels, whose density is known, and take no other.
         steps: Number of steps, 1 ... T; 25 when None. Particles visit all levels.
-        y: Class of each sample, long (n,), or context (n, context), or one for all, as particles take. None for the
-            unconditional density, for which a joint model draws a class first, unless there are particles.
+        y: Class of each sample, long (n,) or a name that the model knows, or context (n, context); or one for all, as
+            particles take. None for the unconditional density, for which a joint model draws a class first, unless
+            there are particles.
         guidance: Weight w of classifier-free guidance (identity 8); diffusers' ``guidance_scale`` is 1 + w. Moves then
             leave the guided density as it is. Not for particles.
         seed: Seed, not negative.

@@ -118,6 +118,8 @@ def read_pair(
             transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
     else:
+        if options.size is not None or options.channels is not None:
+            raise UserError("size and channels are for images; numerator and denominator hold rows of numbers")
         values, table, notes = _coded(sides, names, discrete)
     return values, table, transform, notes
 

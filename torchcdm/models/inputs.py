@@ -1,5 +1,6 @@
 """What public calls of models and samplers take: inputs, labels and levels, checked before they reach a network."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import readable
-from torchcdm.errors import UserError, reason
+from torchcdm.errors import UserError, nearest, reason
 from torchcdm.units import DataTransform
 from torchcdm.units.frames import as_frame, is_frame
 
@@ -43,13 +44,16 @@ def as_numbers(x: Any, device: torch.device, transform: DataTransform | None = N
 def as_labels(y: Any, model: "Denoiser", n: int, one_for_all: bool = False, training: bool = False) -> Tensor | None:
     """``y`` of ``n`` samples on the model's device: long classes (n,), or contexts (n, context); None for no labels.
 
-    ``one_for_all`` lets a single label, or context, stand for all samples. In ``training`` the null label ``classes``
-    is one too, and labels on a GPU are not looked at: it would wait. UserError for all other labels.
+    Classes may be named, where the model knows their names. ``one_for_all`` lets a single label, or context, stand for
+    all samples. In ``training`` the null label ``classes`` is one too, and labels on a GPU are not looked at: it would
+    wait. UserError for all other labels.
     """
     if y is None or torch.compiler.is_compiling():
         return y
     if not model.conditional:
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
+    if isinstance(y, str) or (isinstance(y, list | tuple | np.ndarray) and any(isinstance(name, str) for name in y)):
+        y = _numbers(y, getattr(model.info, "class_names", None) or ())
     labels = as_tensor(y, "y", model.schedule.alpha.device)
     shape = (n,) if model.context is None else (n, model.context)
     if one_for_all and labels.ndim == len(shape) - 1:
@@ -68,6 +72,15 @@ def as_labels(y: Any, model: "Denoiser", n: int, one_for_all: bool = False, trai
     if len(wrong):
         raise UserError(f"label {int(wrong[0])} is out of range; this model has classes 0 to {model.classes - 1}")
     return labels
+
+
+def _numbers(y: Any, names: Sequence[str]) -> Any:
+    """A class by its name, or several, as numbers."""
+    for name in [y] if isinstance(y, str) else y:
+        if name not in names:
+            what = nearest(str(name), names) if names else "the model knows no names of classes; give numbers"
+            raise UserError(f"y: no class '{name}'; {what}")
+    return names.index(y) if isinstance(y, str) else [names.index(name) for name in y]
 
 
 def check_tensor(x: Any, dtype: torch.dtype | None, data: bool) -> None:

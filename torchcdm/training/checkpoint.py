@@ -81,8 +81,9 @@ class ModelInfo:
         UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
         options = self.data if spec is None else replace(self.data, spec=spec)
-        if whole:
-            options = replace(options, validation_fraction=0.0, test_fraction=0.0, limit=None)
+        if whole:  # labels that are not used may be missing
+            label = options.label if labelled else None
+            options = replace(options, validation_fraction=0.0, test_fraction=0.0, limit=None, label=label)
         if options.spec is None:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
             raise UserError(f"the model was trained by {by}, on data that are not kept; nll and evaluate take --data")

@@ -36,6 +36,7 @@ OTHER, MOST_LEVELS, LEAST_COUNT = "other", 100, 3
 ID = "holds a different whole number in every row: if it is an id, drop it"  # note of a column
 MOST_DECIMALS = 6  # of numbers that are rounded to those of training
 FLOAT32_STEPS = 1000  # least number of float32 steps in a standard deviation; with fewer a column needs an offset
+WHOLE = 2.0**53  # from here on float64 holds no longer every whole number
 LARGEST = 1e150  # deviation of a column, at most, and one over it, at least: beyond, squares leave float64
 
 
@@ -321,7 +322,11 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     other = replace(column, thousands="" if column.thousands else ",", day_first=not column.day_first).read(cells)[0]
     for k in np.flatnonzero(np.isfinite(x) & (x != other))[:1]:
         notes.append(f"reads '{cells.iloc[k]}' as {text(x[k], 15)}")
-    missing, x = bool(empty.any()), x[np.isfinite(x)]
+    known = np.isfinite(x)
+    missing, x, most = bool(empty.any()), x[known], float(np.abs(x[known]).max())
+    if not is_date and WHOLE <= most < np.inf and cells[known].nunique() > len(np.unique(x)):
+        what = f"holds whole numbers up to {most:.6g}, more than float64 tells apart"
+        raise UserError(f"column '{column.name}' {what}; subtract what they have in common, or drop it if it is an id")
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
     with np.errstate(over="ignore", invalid="ignore"):
         deviation = float(x.std()) if varies else 1.0
