@@ -148,7 +148,7 @@ def test_other_data_with_splits_are_measured_by_what_is_held_out(counts, name):
     parts = [MemorySplit(torch.zeros(count, 2)) for count in counts]
     info = SimpleNamespace(data=DataOptions(spec="array:a.npy"), is_training_data=lambda *arguments: False)
     info.read_source = lambda *arguments, **how: DataSource("b", *parts, DataTransform((2,)))
-    options = argparse.Namespace(split=None, data="array:b.npy")
+    options = argparse.Namespace(split=None, data="array:b.npy", skip_bad=False)
     _, found, split = measuring._to_measure(SimpleNamespace(info=info), options, False)
     assert found == name and len(split) == counts[("all", "validation", "test").index(name)]
 

@@ -1,6 +1,7 @@
 """``cdm sample``: the files, their seeds, and whose classes they are."""
 
 import csv
+import json
 import re
 from dataclasses import replace
 
@@ -62,6 +63,9 @@ def test_the_class_that_a_joint_model_drew_is_a_column_of_the_table_again(capsys
     words = ["nll", tmp_path / "run", "--data", f"table:{tmp_path / 'new.csv'}", "--methods", "single", "--quiet"]
     assert "single" in succeed(capsys, *words), "a label that is not used may be missing"
     assert "has no label" in refuse(capsys, *words, "--conditional")
+    (tmp_path / "new.csv").write_text("path,self\n0.5,low\nfive,low\n0.1,low\n")
+    assert "leave out their rows or columns (as a command: --skip-bad" in refuse(capsys, *words)
+    assert json.loads(succeed(capsys, *words, "--skip-bad", "--json", "-"))["data"]["count"] == 2
 
 
 def test_names_of_classes_may_be_other_numbers(capsys, tmp_path, conditional):

@@ -104,7 +104,7 @@ def _sampling(command: Callable[..., Parser]) -> None:
 
 
 def _measuring(command: Callable[..., Parser]) -> None:
-    example, shared = "cdm nll runs/digits --json nll.json", "model data split limit quiet json device"
+    example, shared = "cdm nll runs/digits --json nll.json", "model data skip-bad split limit quiet json device"
     parser = command("measuring:nll", "likelihood of held-out or other data", example, shared)
     add(parser, "--methods", "of single, elbo, flow, logz (all but logz; elbo and flow of a ddm)")
     add(parser, "--draws K", "noise draws of the one-pass rows (1)", int)

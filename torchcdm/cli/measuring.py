@@ -76,13 +76,13 @@ def _to_measure(
 
     ``apart``: some are needed that are not measured. So such data are split as those of the training.
     """
-    info, given = model.info, options.data
+    info, given, how = model.info, options.data, {"labelled": labelled, "skip_bad": options.skip_bad}
     if options.split is None and not apart and given not in (None, info.data.spec):
-        source = info.read_source(model, given, labelled, whole=True)
+        source = info.read_source(model, given, whole=True, **how)
         name = next(name for name in ("test", "validation", "train") if source.splits[name])
         if name != "train" or not info.is_training_data(model, given):
             return source, "all" if name == "train" else name, source.splits[name]
-    source, name = info.read_source(model, given, labelled), options.split or "test"
+    source, name = info.read_source(model, given, **how), options.split or "test"
     return source, name, source.split(name)
 
 

@@ -72,17 +72,19 @@ class ModelInfo:
         return read_pictures(paths, self.transform, replace(self.data, skip_bad=skip_bad), shape)
 
     def read_source(
-        self, model: Denoiser, spec: str | None = None, labelled: bool = False, whole: bool = False
-    ) -> DataSource:
+        self, model: Denoiser, spec: str | None = None, labelled: bool = False, whole: bool = False,
+        skip_bad: bool = False,
+    ) -> DataSource:  # fmt: skip
         """Data with splits for the model to score, in its units: what it was trained on, or those of ``spec``.
 
         ``labelled`` says that the classes are used, where the model knows some: they are numbered as its own. Data
-        without splits of their own are split as those of the training, or not at all where they are ``whole``.
+        without splits of their own are split as those of the training, or not at all where they are ``whole``. With
+        ``skip_bad`` what cannot be read is left out, as where the training left it out.
         UserError for other columns, grey levels or classes than the model's, another shape, or what cannot be read.
         """
-        options = self.data if spec is None else replace(self.data, spec=spec)
+        options = replace(self.data, spec=spec or self.data.spec, skip_bad=skip_bad or self.data.skip_bad)
         if whole:  # labels that are not used may be missing
-            label = options.label if labelled else None
+            label = options.label if labelled and model.classes is not None else None
             options = replace(options, validation_fraction=0.0, test_fraction=0.0, limit=None, label=label)
         if options.spec is None:
             by = "{0} (in Python {0}.load reads it)".format(self.estimator["kind"]) if self.estimator else "Python"
