@@ -6,7 +6,7 @@ products of the two, that correlate most with such directions of y. Rotations by
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ SIGNIFICANT = 2.0, 3.0, 4.0
 
 TREES, LEAVES, SHRINKAGE = 100, 16, 0.1  # most boosted trees, their leaves, and how much of each is added
 MIN_STOPPING = 200  # rows that allow to hold some out for the end of the boosting
+PSEUDO = 0.5  # meetings that frequencies count from
 FEW = 8  # columns of a side that trees are given beside its variates, at most
 
 LogRatio = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -190,15 +191,26 @@ def trees(x: np.ndarray, y: np.ndarray, bent: Canonical, seen: np.ndarray, seed:
     return lambda rows, partners: model.decision_function(columns(rows, partners))
 
 
+def frequencies(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> LogRatio:
+    """Log ratio of kinds of rows, whole numbers (N,) each: how often two meet among ``seen`` rows, over what is
+    expected of strangers. Both count ``PSEUDO`` more, so that what is rare is no evidence."""
+    met = np.zeros((x.max() + 1, y.max() + 1))
+    np.add.at(met, (x[seen], y[seen]), 1.0)
+    expected = met.sum(1, keepdims=True) * met.sum(0) / len(seen)
+    log_ratio = np.log((met + PSEUDO) / (expected + PSEUDO))
+    return lambda rows, partners: log_ratio[x[rows], y[partners]]
+
+
 def estimates(
     x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = np.inf, device: str | torch.device = "cpu",
-    progress: bool = False,
+    progress: bool = False, kinds: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log ratios by Gaussians, by Gaussians of bent variates, by networks and by trees: at pairs, and at strangers.
 
     Of two sides, (N, a) and (N, b), row by row, no column constant. Gives (N, 4) and (2 N, 4), in the order of the
-    folds. Training has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the
-    ``device`` is that of the networks; ``progress`` shows a bar.
+    folds; given the ``kinds`` of their rows, whole numbers (N,) each, :func:`frequencies` are a fifth column. Training
+    has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the ``device`` is that of the
+    networks; ``progress`` shows a bar.
     """
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
@@ -218,6 +230,7 @@ def estimates(
         own = np.flatnonzero(fold == k)
         by_trees = trees(*scores, bent[k], rows, derive(seed, "trees", k), until)
         found = [straight[k].gaussians(rows), bent[k].gaussians(rows), networks[k], by_trees]
+        found += [frequencies(*kinds, rows)] if kinds else []
         at_pairs.append(np.stack([log_ratio(own, own) for log_ratio in found], 1))
         at_strangers += [np.stack([log_ratio(own, other) for log_ratio in found], 1) for other in strangers(own)]
     return np.concatenate(at_pairs), np.concatenate(at_strangers)
