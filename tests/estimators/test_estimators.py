@@ -288,10 +288,12 @@ def test_files_and_pickles_give_the_same_scores(kind, tmp_path):
     write_artefact(tmp_path / "run" / "config.json", "run", {}, {"model.safetensors": {}})
     with pytest.raises(UserError, match="holds a run, which this would replace"):
         fitted.save(tmp_path / "run")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.json").write_text("mine")
-    with pytest.raises(UserError, match="holds config.json, which no run wrote"):
-        fitted.save(tmp_path / "mine")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        with pytest.raises(UserError, match=f"holds {name}, which no run wrote"):
+            fitted.save(tmp_path / name)
+        assert (tmp_path / name / name).read_text() == "mine"
     fitted.save(tmp_path / "saved")  # in place of itself
     (tmp_path / "saved" / "config.json").write_text("{")
     with pytest.raises(UserError, match="damaged, not JSON"):

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from torchcdm.errors import UserError
-from torchcdm.runtime.artefact import parse_json, read_json, settle
+from torchcdm.runtime.artefact import parse_json, read_json, read_sealed, settle
 from torchcdm.runtime.files import TEMPORARY, without_nan, write_file, writing
 from torchcdm.runtime.reading import read_bytes
 
@@ -35,12 +35,17 @@ class RunFolder:
         """Whether there is a model or a state that a new run would overwrite."""
         return os.path.exists(self.model) or (os.path.isdir(self.states) and any(self.states.glob("step-*")))
 
+    def _ours(self) -> bool:
+        """Whether what is there was written here; a copy may lack the lock."""
+        with suppress(UserError):
+            return bool(read_sealed(self.model_info))
+        return os.path.exists(self.lock) or any(self.states.glob("step-*"))
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder, clears what a crash left; UserError where another process writes, or others wrote."""
         with writing(self.root):
-            ours = os.path.exists(self.lock) or self.holds_run()
-            for path in () if ours else vars(self).values():
+            for path in () if self._ours() else vars(self).values():
                 if path != self.root and path.exists():
                     what = f"holds {path.name}, which no run wrote"
                     raise UserError(f"{self.root}: {what}; choose another folder, or remove it")
