@@ -41,10 +41,11 @@ from torchcdm.data import DataOptions, parse_size, save_grid
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.likelihood.log_z import weights_of
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.density import LevelReader
 from torchcdm.random import derive, evenly_spaced
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
-from torchcdm.samplers import SASolver, adaptive_levels, make_sampler
+from torchcdm.samplers import Sampler, SASolver, adaptive_levels, make_sampler
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels
@@ -102,6 +103,29 @@ def taken(model: Denoiser, moves: int, seed: int, x: Tensor, t: int, rows: slice
     return now
 
 
+class Clipped(Denoiser):
+    """A ``model`` of grey levels whose estimates of the data are clipped to their range, as published samplers do.
+
+    A deterministic ``sampler`` has the level read off x, as :func:`torchcdm.sample` gives it to placed steps.
+    """
+
+    def __init__(self, model: Denoiser, sampler: Sampler) -> None:
+        super().__init__(model.schedule, model.transform, base=model.base)
+        reads = model.density is not None and not sampler.stochastic
+        self.model, self.coarse, self.own = LevelReader(model.density) if reads else model, model.coarse, model.classes
+        half = model.transform.bin / 2
+        self.low, self.high = model.transform.low - half, model.transform.high + half
+
+    @property
+    def classes(self) -> int | None:
+        return self.own
+
+    def denoise(self, x_t: Tensor, t: Any, y: Tensor | None = None) -> Prediction:
+        found = self.model.denoise(x_t, t, y)
+        x0 = self.transform(self.transform.inverse(found.x0).clamp(self.low, self.high))
+        return Prediction.of_x0(x_t, *self.schedule.at(t, x_t), x0)
+
+
 def cell(
     model: Denoiser, name: str, sampler: str, spacing: str, evaluations: int, ruler: Ruler, groups: Tensor | None,
     options: argparse.Namespace,
@@ -127,7 +151,7 @@ def cell(
     seed = options.seed + int((re.search(r"\d+$", name) or "0")[0])
     settings = {"model": weights_of(RunFolder(options.folders[name]).root), "samples": options.samples,
                 "features": ruler.reference.extractor.key, "seed": seed,
-                "guidance": options.guidance}  # fmt: skip
+                "guidance": options.guidance} | ({"clip": True} if options.clip else {})  # fmt: skip
 
     def make() -> dict[str, Any]:
         y = None if model.classes is None else balanced_labels(options.samples, model.classes)
@@ -141,7 +165,8 @@ def cell(
             moved = partial(taken, model, moves, seed)
             x = trajectories(model, options.samples, rule, path, shape, y, seed, moved=moved)
         else:
-            draws = sample(model, options.samples, rule, steps, y, options.guidance, seed, corrector=moves,
+            one = Clipped(model, rule) if options.clip else model
+            draws = sample(one, options.samples, rule, steps, y, options.guidance, seed, corrector=moves,
                            spacing="adaptive" if spacing == "adaptive" else "even", details=True)  # fmt: skip
             x, made = draws.x, passes * draws.evaluations  # fewer than asked for, of few levels below a start
         seconds = time.process_time() - began
@@ -174,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=5000, help="of each cell")
     parser.add_argument("--seed", type=int, default=0, help="of samples; that of a training NAME-K is K more")
     parser.add_argument("--guidance", type=float, default=0.0, help="weight of the class, of models with classes")
+    parser.add_argument("--clip", action="store_true", help="estimates of the data to the range of grey levels")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of processor time")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     parser.add_argument("--out", type=Path, required=True, help="models and cells")
