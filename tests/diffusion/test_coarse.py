@@ -131,7 +131,7 @@ def test_more_steps_than_levels_below_the_start_are_all_of_these():
     denoiser.coarse = coarse(torch.eye(20)[:1], 2**0.5 * normal(256, 1))
     start = adaptive_levels(denoiser, 10, (20,))[0][0]
     assert adaptive_levels(denoiser, SCHEDULE.T, (20,))[0] == list(range(start, -1, -1))
-    with pytest.warns(UserWarning, match=f"^{start} steps, not 200: from level {start}, where placed"):
+    with pytest.warns(UserWarning, match=f"^{start} steps, not 200: no more levels lie below {start}, where"):
         draws = sample(denoiser, 2, "ddim", SCHEDULE.T, shape=(20,), spacing="adaptive", details=True)
     assert draws.evaluations == start < SCHEDULE.T
 

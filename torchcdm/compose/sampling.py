@@ -167,7 +167,7 @@ def sample(
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
         if len(path) <= steps:
-            warn(f"{len(path) - 1} steps, not {steps}: from level {path[0]}, where placed ones begin, there are no more")
+            warn(f"{len(path) - 1} steps, not {steps}: no more levels lie below {path[0]}, where placed steps begin")
             steps = len(path) - 1
         rule = rule.suited(variance)
         if moves is None and not rule.stochastic and model.density is not None and model.coarse is not None:
