@@ -149,8 +149,8 @@ def test_a_copy_scores_alike(digits, scorer):
 
 
 def test_normal_data_are_named(digits):
-    x, name, held_out = normal_data(load("zoo:digits"), limit=50)
-    assert x.shape == (50, 1, 8, 8) and name == "validation split of digits" and held_out
+    x, name, changed = normal_data(load("zoo:digits"), limit=50)
+    assert x.shape == (50, 1, 8, 8) and name == "validation split of digits" and not changed
 
 
 def test_mistakes_are_named(digits, scorer, wines):

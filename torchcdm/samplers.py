@@ -334,9 +334,9 @@ def adaptive_levels(
     A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
     in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
     steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
-    model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0; evenly spaced ones
-    where more are asked for than there are fine ones. A denoiser with coarse data starts below T, see
-    :func:`coarse_levels`. Steps are no more than levels. ``y`` are classes or contexts asked for, (n, ...).
+    model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0, or from a lower start
+    of a denoiser with coarse data, see :func:`coarse_levels`; evenly spaced ones where more are asked for than there
+    are fine ones, and all where there are fewer from the start on. ``y`` are classes or contexts asked for, (n, ...).
     """
     schedule = denoiser.schedule
     fine = schedule.time_grid(min(FINE, schedule.T))

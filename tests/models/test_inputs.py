@@ -177,9 +177,13 @@ def test_classes_go_by_the_names_that_the_model_knows(monkeypatch):
         JOINT.log_prob(x, y=["kind 1"] * 3)
     monkeypatch.setattr(JOINT, "info", SimpleNamespace(class_names=tuple(names)))
     expected = JOINT.log_prob(x, y=torch.tensor([1, 0, 1]))
-    for same in (["kind 1", "kind 0", "kind 1"], np.array(["kind 1", "kind 0", "kind 1"])):
+    words = ["kind 1", "kind 0", "kind 1"]
+    for same in (words, np.array(words), pd.Series(words, [2, 0, 1]), pd.Series(words, dtype="category")):
         assert torch.equal(JOINT.log_prob(x, y=same), expected)
     assert torch.equal(as_labels("kind 1", JOINT, 2, one_for_all=True), torch.tensor([1, 1]))
+    assert torch.equal(as_labels(np.array(1), JOINT, 2, one_for_all=True), torch.tensor([1, 1]))
+    with pytest.raises(UserError, match="y: not an array of numbers"):
+        as_labels([[1], [1, 0]], JOINT, 2)
     with pytest.raises(UserError, match="y: no class 'kin 1'; did you mean 'kind 1'"):
         as_labels(["kind 0", "kin 1"], JOINT, 2)
 

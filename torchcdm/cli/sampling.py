@@ -51,7 +51,8 @@ def sample(options: argparse.Namespace) -> None:
     y = found.y if y is None else y
     classes = in_words(y, info.class_names)
     if options.format in ("grid", "all"):
-        save_sheet(found.x, out / "samples", model.transform, info.data.label, classes)
+        label = None if info.data.clusters else info.data.label  # groups are no classes of the table
+        save_sheet(found.x, out / "samples", model.transform, label, classes)
     files = save_images(found.x, out, model.transform) if options.format in ("images", "all") and pictures else []
     if options.format in ("array", "all"):
         save_array(found.x, out / "samples.npz", model.transform, y)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
+from torchcdm.apps.anomaly.detector import trained_on
 from torchcdm.apps.anomaly.maps import save_maps
 from torchcdm.apps.denoising import common_scale, denoise_all, nearest_level, require_additive_noise
 from torchcdm.apps.explorer import Explorer, page, serve
@@ -53,6 +54,7 @@ def score(options: argparse.Namespace) -> None:
         if options.maps is not None:
             check_no_more(options.maps, len(inputs.x))
         normal = normal_data(model, options.reference, options.skip_bad, **given(limit=options.limit))
+        held_out = not (normal.changed or trained_on(model, options.reference or ()))
         detector.fit(normal.x)
         if options.fpr is None:  # the smallest rate that a small reference calibrates
             fpr = max(fpr, 1 / (len(detector.calibration) + 1))
@@ -79,7 +81,7 @@ def score(options: argparse.Namespace) -> None:
         score_histogram(detector.calibration, torch.tensor(scores), threshold, options.score, options.plot)
     known = {"name": normal.name, "fitted": len(normal.x) // 2, "calibration": len(detector.calibration)}
     numbers = {"score": options.score, "fpr": fpr, "threshold": threshold, "reference": known}
-    numbers |= {"held_out": normal.held_out}
+    numbers |= {"held_out": held_out}
     numbers |= {"count": len(scores), "flagged": sum(flags), "deviating": sum(deviating)}
     numbers |= {"scores": scores, "percentiles": percentiles, "flags": flags}
     tell(options.json, _summary(numbers, names), numbers)

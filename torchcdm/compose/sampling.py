@@ -157,7 +157,7 @@ def sample(
     if not shape:
         raise UserError("this model doesn't know the shape of its samples; give shape, without the batch dimension")
     rule = make_sampler(sampler or (WITH_MOVES if corrector else OF_VECTORS if len(shape) == 1 else SAMPLER))
-    steps = min(STEPS, model.schedule.T) if steps is None else steps
+    asked_steps, steps = steps is not None, min(STEPS, model.schedule.T) if steps is None else steps
     labels = asked = model.draw_classes(n, seed) if y is None else as_labels(y, model, n, one_for_all=True)
     if y is None and labels is not None:
         asked = torch.arange(model.classes, device=labels.device)  # which are drawn depends on n
@@ -166,9 +166,10 @@ def sample(
     path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
         path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
-        if len(path) <= steps:
-            warn(f"{len(path) - 1} steps, not {steps}: no more levels lie below {path[0]}, where placed steps begin")
-            steps = len(path) - 1
+        if asked_steps and len(path) <= steps:
+            warn(f"{len(path) - 1} steps, not {steps}: no more levels lie below {path[0]}, where placed steps begin; "
+                 "spacing 'even' begins at level T")  # fmt: skip
+        steps = len(path) - 1
         rule = rule.suited(variance)
         if moves is None and not rule.stochastic and model.density is not None and model.coarse is not None:
             denoiser = LevelReader(model.density, guidance)

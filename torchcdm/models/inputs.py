@@ -1,6 +1,7 @@
 """What public calls of models and samplers take: inputs, labels and levels, checked before they reach a network."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,8 +53,7 @@ def as_labels(y: Any, model: "Denoiser", n: int, one_for_all: bool = False, trai
         return y
     if not model.conditional:
         raise UserError("labels y are given, but the model was trained without classes; leave y out")
-    if isinstance(y, str) or (isinstance(y, list | tuple | np.ndarray) and any(isinstance(name, str) for name in y)):
-        y = _numbers(y, getattr(model.info, "class_names", None) or ())
+    y = _numbers(y, getattr(model.info, "class_names", None) or ())
     labels = as_tensor(y, "y", model.schedule.alpha.device)
     shape = (n,) if model.context is None else (n, model.context)
     if one_for_all and labels.ndim == len(shape) - 1:
@@ -75,12 +75,17 @@ def as_labels(y: Any, model: "Denoiser", n: int, one_for_all: bool = False, trai
 
 
 def _numbers(y: Any, names: Sequence[str]) -> Any:
-    """A class by its name, or several, as numbers."""
-    for name in [y] if isinstance(y, str) else y:
+    """Classes by their names, one or an array or column of them, as numbers; what holds no text as it is."""
+    cells = np.empty(0)
+    with suppress(ValueError):  # lists of other lengths, which are no labels
+        cells = cells if isinstance(y, Tensor) else np.asarray(y)
+    if cells.dtype.kind not in "OU" or not any(isinstance(name, str) for name in cells.flat):
+        return y
+    for name in cells.flat:
         if name not in names:
             what = nearest(str(name), names) if names else "the model knows no names of classes; give numbers"
             raise UserError(f"y: no class '{name}'; {what}")
-    return names.index(y) if isinstance(y, str) else [names.index(name) for name in y]
+    return np.array([names.index(name) for name in cells.flat]).reshape(cells.shape)
 
 
 def check_tensor(x: Any, dtype: torch.dtype | None, data: bool) -> None:

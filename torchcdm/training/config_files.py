@@ -139,8 +139,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")  # to PyYAML 010 is eight, 1:30 and 1:30.0 are ninety
-_FLOAT = re.compile(r"[-+]?((\d+\.\d*|\.\d+)(e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)$", re.IGNORECASE)  # 1e-4 a text
+# To PyYAML 010 is eight, 1:30 and 1:30.0 are ninety, and 1e-4 is a text.
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+_FLOAT = re.compile(r"[-+]?((\d[\d_]*\.\d*|\.\d+)(e[-+]?\d+)?|\d+e[-+]?\d+|\.inf|\.nan)$", re.IGNORECASE)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, {"int": _INT, "float": _FLOAT}.get(tag.rpartition(":")[2], form)) for tag, form in known]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()

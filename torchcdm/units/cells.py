@@ -34,6 +34,8 @@ DATE = re.compile(
 DAY_AND_MONTH = re.compile(r"^(\d{1,2})([-/.])(\d{1,2})(?=[-/.])")
 # Share of the filled cells that are numbers, or dates, from which on the others are mistakes and no categories.
 MOSTLY = 0.9
+# Texts that tell of another spelling, and their share of those that could, from which on a column is misspelled.
+TELLING = 3, 0.1
 
 
 def kind_of(cells: Series) -> Kind | Literal[""]:
@@ -69,22 +71,57 @@ def texts_of(cells: Series, kind: Kind) -> np.ndarray:
     return texts.to_numpy(object)
 
 
-def spelling(cells: Series, kind: Kind, thousands: Thousands = ",", day_first: bool = False) -> dict[str, Any]:
+def spelling(cells: Series, kind: Kind) -> dict[str, Any]:
     """How the texts of a column of numbers or dates are written: arguments of :func:`numbers_of` or :func:`days_of`.
 
     The mark between ``thousands`` is that by which most of them are numbers, the comma before the point; none where
     the comma is the decimal mark and no number has a point. Dates are ``day_first`` where more of them have a number
-    above 12 before the month than behind it. Where nothing tells, what is given.
+    above 12 before the month than behind it.
     """
     texts = texts_of(cells[_are_texts(cells)], kind)
     if kind == "date":
-        found = [match for text in texts if (match := DAY_AND_MONTH.match(text))]
-        first, second = (sum(int(at[place]) > 12 for at in found) for place in (1, 3))
-        return {"day_first": day_first if first == second else first > second}
-    commas, points = (np.isfinite(_parsed(texts, mark)) for mark in (",", "."))
+        first, second = (np.isnan(_alone(texts, kind, day_first)).sum() for day_first in (False, True))
+        return {"day_first": bool(first > second)}
+    commas, points = (np.isfinite(_alone(texts, kind, mark)) for mark in (",", "."))
     if commas.sum() >= points.sum():
-        return {"thousands": thousands if commas.sum() == points.sum() else ","}
+        return {"thousands": ","}
     return {"thousands": "." if any("." in text for text in texts[points]) else ""}
+
+
+def misspelled(cells: Series, kind: Kind, way: Thousands | bool) -> tuple[int, int] | None:
+    """Where a column is plainly not written in the ``way`` of another, ``thousands`` or ``day_first``: the places of a
+    text that would be taken for something else, and of one that tells, as it can be read in another way alone.
+
+    ``TELLING`` texts tell, and as a share of those that could, and none of them for the way; else there is None.
+    """
+    written, mark = _are_texts(cells), "," if way == "," else "."
+    # What is written in another country has its decimal mark.
+    if not written.any() or (kind != "date" and not any(mark in text for text in cells[written])):
+        return None
+    texts = np.where(written, texts_of(cells, kind), "")
+    read = _alone(texts, kind, way)
+    for other in (not way,) if kind == "date" else {",", ".", ""} - {way}:
+        there = _alone(texts, kind, other)
+        tells, against = np.isfinite(there) & np.isnan(read), np.isnan(there) & np.isfinite(read)
+        taken = np.isfinite(there) & np.isfinite(read) & (there != read)
+        least, share = TELLING
+        if taken.any() and not against.any() and tells.sum() >= max(least, share * (tells | taken).sum()):
+            return int(taken.argmax()), int(tells.argmax())
+    return None
+
+
+def _alone(texts: np.ndarray, kind: Kind, way: Thousands | bool) -> np.ndarray:
+    """What texts (N,) are in one way alone: numbers; of dates month and day, 0 where all know them; nan where none."""
+    if kind != "date":
+        return _parsed(texts, way)
+    found = (DAY_AND_MONTH.match(text) for text in texts)
+    pairs = [(0, 0) if at is None else (int(at[3 if way else 1]), int(at[1 if way else 3])) for at in found]
+    return np.array([100.0 * month + day if month <= 12 else np.nan for month, day in pairs])
+
+
+def readings(kind: Kind, cells: Series, thousands: Thousands, day_first: bool) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`days_of` a column of dates, :func:`numbers_of` one of numbers."""
+    return days_of(cells, day_first) if kind == "date" else numbers_of(cells, thousands)
 
 
 def numbers_of(cells: Series, thousands: Thousands = ",") -> tuple[np.ndarray, np.ndarray]:

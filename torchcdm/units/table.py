@@ -13,6 +13,7 @@ and of all other numbers a density in the column's own unit.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import field, replace
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
-from torchcdm.units.cells import MOSTLY, Kind, Thousands, days_of, kind_of, numbers_of, spelling, texts_of, unreadable
+from torchcdm.units.cells import MOSTLY, Kind, Thousands, kind_of, misspelled, readings, spelling, texts_of, unreadable
 from torchcdm.units.frames import SHOWN, by_place, listed, note_down, noted, numbers_rows
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
@@ -75,6 +76,7 @@ class Column:
         if self.levels:
             texts = texts_of(cells, self.kind)
             places = {level: k for k, level in enumerate(texts_of(pd.Series(self.levels), self.kind))}
+            places = {level.removesuffix(".0"): k for level, k in places.items()} | places  # 1.0 as a number is 1
             found = np.array([places.get(text, places.get(OTHER, -1) if text else -1) for text in texts])
             return found.clip(0).astype(np.float64), unreadable(cells), found < 0
         x, empty = self.read(cells)
@@ -85,18 +87,16 @@ class Column:
 
     def read(self, cells: Series) -> tuple[np.ndarray, np.ndarray]:
         """Cells as numbers or dates, float64, nan where they are none, and which are missing."""
-        return days_of(cells, self.day_first) if self.kind == "date" else numbers_of(cells, self.thousands)
+        return readings(self.kind, cells, self.thousands, self.day_first)
 
     def misread(self, cells: Series) -> str:
-        """What is wrong where other cells show numbers or dates to be written otherwise than in training."""
-        alike = self if self.levels else replace(self, **spelling(cells, self.kind, self.thousands, self.day_first))
-        if alike == self:
+        """What is wrong where cells show that numbers or dates are written otherwise than in training."""
+        way = self.day_first if self.kind == "date" else self.thousands
+        if self.levels or not (found := misspelled(cells, self.kind, way)):
             return ""
-        x, other = self.read(cells)[0], alike.read(cells)[0]
-        for k in np.flatnonzero(np.isfinite(x) & (x != other)):
-            what = f"holds {self.kind}s written otherwise than in training, where '{cells.iloc[k]}' is another one"
-            return f"column '{self.name}', {cells.index.name or 'row'} {cells.index[k]}: {what}; write them alike"
-        return ""
+        taken, tells = (f"'{cells.iloc[k]}' ({cells.index.name or 'row'} {cells.index[k]})" for k in found)
+        what = f"{tells} is written otherwise than in training, where {taken} would be another {self.kind}"
+        return f"column '{self.name}': {what}; write them alike"
 
     def decode(self, codes: np.ndarray) -> Any:
         """Cells of the column's own kind from codes (N,), those of values and levels rounded."""
@@ -323,10 +323,12 @@ def _numbers(column: Column, cells: Series, repeated: bool) -> tuple[Column, lis
     for k in np.flatnonzero(np.isfinite(x) & (x != other))[:1]:
         notes.append(f"reads '{cells.iloc[k]}' as {text(x[k], 15)}")
     known = np.isfinite(x)
-    missing, x, most = bool(empty.any()), x[known], float(np.abs(x[known]).max())
-    if not is_date and WHOLE <= most < np.inf and cells[known].nunique() > len(np.unique(x)):
-        what = f"holds whole numbers up to {most:.6g}, more than float64 tells apart"
-        raise UserError(f"column '{column.name}' {what}; subtract what they have in common, or drop it if it is an id")
+    missing, x = bool(empty.any()), x[known]
+    if np.abs(x).max() >= WHOLE and not is_date:
+        whole = {int(text) for text in texts_of(cells[known], column.kind) if re.fullmatch(r"[+-]?\d+", text)}
+        if len(whole) > len({float(number) for number in whole}):
+            what = "holds larger whole numbers than float64 tells apart"
+            raise UserError(f"column '{column.name}' {what}; subtract what they have in common, or drop it, if an id")
     varies = bool((x != x[0]).any())  # the deviation of equal numbers may be one of rounding
     with np.errstate(over="ignore", invalid="ignore"):
         deviation = float(x.std()) if varies else 1.0

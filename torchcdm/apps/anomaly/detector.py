@@ -83,9 +83,15 @@ class AnomalyDetector:
         """The profile of each input with what posteriors there are; of two models log p_0 of both; float64 (N, .)."""
         own, codes = _table(self.models[0]), [x]
         for other in map(_table, self.models[1:]):
+            if own == other or not isinstance(x, Tensor):
+                codes.append(x)
+                continue
             # Another table has its own order of columns, and numbers of its own for their levels.
-            recoded = isinstance(x, Tensor) and own != other
-            codes.append(other.encode(own.decode(x), "the background").x if recoded else x)
+            found = other.encode(own.decode(x), "the background", deviating=True)
+            if strange := sorted({columns for columns in found.deviating if columns}):
+                what = f"in training the background had nothing like some of the cells of {strange[0]}"
+                raise UserError(f"{what}; train it on broader data than the model's")
+            codes.append(found.x)
         profiles = [level_profile(*pair, posteriors=True) for pair in zip(self.models, codes, strict=True)]
         return profiles[0] if len(profiles) == 1 else torch.stack([profile[:, 0] for profile in profiles], 1)
 
@@ -180,11 +186,11 @@ def _table(model: Denoiser) -> TableEncoding | None:
 
 
 class NormalData(NamedTuple):
-    """Normal samples, data units (N, *shape), what they are called, and whether a model was not trained on them."""
+    """Normal samples, data units (N, *shape), what they are called, and whether a run's data have changed since."""
 
     x: Tensor
     name: str
-    held_out: bool
+    changed: bool = False
 
 
 def normal_data(
@@ -203,15 +209,14 @@ def normal_data(
         if not usual.all():
             what = f"{int((~usual).sum())} of {len(usual)} rows of the reference hold what training never had"
             warn(f"{what}, and so are no part of it; such rows are always flagged, whatever the rate")
-        held_out = not trained_on(model, paths)
-        return NormalData(MemorySplit(found.x[usual]).tensors(limit)[0], ", ".join(map(str, paths)), held_out)
+        return NormalData(MemorySplit(found.x[usual]).tensors(limit)[0], ", ".join(map(str, paths)))
     try:
         source = model.info.read_source(model)
         split = source.split("validation")
     except UserError as error:
         raise UserError(f"{error}; or give normal data by --reference PATH") from None
-    held_out = not model.info.differs(source)
-    return NormalData(split.tensors(limit)[0].float(), f"validation split of {source.name}", held_out)
+    changed = model.info.differs(source)
+    return NormalData(split.tensors(limit)[0].float(), f"validation split of {source.name}", changed)
 
 
 def trained_on(model: Denoiser, paths: Sequence[str | Path]) -> bool:
