@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
@@ -54,6 +55,18 @@ def quality_curves(name: str) -> str:
         rows.append([str(evaluations), sampler, spacing, *shown, *([ratio_of(*models.values())] * several)])
     head = ["evaluations", "sampler", "steps", "Fréchet, CDM", "Fréchet, DDM", "grain, CDM", "grain, DDM"]
     return markdown(head + ["CDM / DDM, upper end"] * several, rows)
+
+
+def own_images(name: str) -> str:
+    """Fréchet distance, precision, recall and grain of single models, by their size and groups, sampler and steps."""
+    rows = []
+    for row in sorted(read(name)["rows"], key=lambda row: (row["model"], row["sampler"], row["evaluations"])):
+        grouped, side = re.findall(r"^enc(g?)(\d+)", row["model"])[0]
+        rows.append([f"{side}x{side}", "20" if grouped else "none", row["sampler"], str(row["evaluations"]),
+                     f"{row['frechet']:.2f} ± {row['frechet_se']:.2f}", f"{row['precision']:.2f}",
+                     f"{row['recall']:.2f}", f"{row['grain']:.2f}"])  # fmt: skip
+    head = ["images", "groups", "sampler", "evaluations", "Fréchet", "precision", "recall", "grain"]
+    return markdown(head, rows)
 
 
 def error_of(rows: Sequence[Any]) -> float:

@@ -1,5 +1,7 @@
 """Clusters in the place of classes: what is found, which splits are told, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.networks.mlp import MLP
+from torchcdm.training.build import hint
+from torchcdm.training.settings import ModelConfig
 
 CENTRES = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 9.0]])
 
@@ -90,6 +94,16 @@ def test_a_model_of_clusters_draws_and_scores_without_labels(tmp_path):
     assert model.log_prob(x).shape == (300,)
     manifest = (tmp_path / "run" / "samples" / "manifest.csv").read_text()
     assert "cluster" not in manifest
+
+
+def test_pictures_without_labels_are_told_of_groups():
+    config = ModelConfig()
+    pictures, rows = (from_object(torch.rand(40, *shape)) for shape in ((1, 4, 4), (3,)))
+    assert "--data.clusters 20 --model.labels joint" in hint(config, pictures)
+    assert "the 3 classes of the data are not used" in hint(config, from_object(torch.rand(300, 3), clusters=3))
+    for settings in ({"labels": "joint"}, {"kind": "ddm"}):
+        assert not hint(replace(config, **settings), pictures)
+    assert not hint(config, rows)
 
 
 def test_networks_of_ones_own_learn_clusters():

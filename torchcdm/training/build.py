@@ -103,6 +103,15 @@ def base_in_words(config: ModelConfig) -> str:
     return f"{count}{kind}" + (f" with shrinkage {config.shrinkage:g}" if config.shrinkage else "")
 
 
+def hint(config: ModelConfig, source: DataSource) -> str:
+    """What would make more of the data than the settings do; empty for nothing."""
+    if config.labels != "none" or (source.classes is None and (len(source.shape) < 3 or config.kind == "ddm")):
+        return ""
+    if source.classes is None:
+        return "groups draw better pictures, at a cost in likelihood: --data.clusters 20 --model.labels joint"
+    return f"the {source.classes} classes of the data are not used; --model.labels joint learns them"
+
+
 def base_samples(source: DataSource, flip: bool, least: int = 50_000) -> tuple[Tensor, Tensor]:
     """Training samples for a base density, model units, dequantised, mirrored too for ``flip``, and their labels; of
     large data as many as ``GAUSSIAN_NUMBERS`` says, but the ``least`` in any case."""

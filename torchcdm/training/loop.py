@@ -26,7 +26,7 @@ from torchcdm.runtime.processes import Processes, is_first, memory_kept, progres
 from torchcdm.runtime.validation import encode
 from torchcdm.training import checkpoint
 from torchcdm.training.batches import Batch, Batches
-from torchcdm.training.build import base_in_words, build_loss, choose_base, load_source, new_model
+from torchcdm.training.build import base_in_words, build_loss, choose_base, hint, load_source, new_model
 from torchcdm.training.config_files import to_yaml
 from torchcdm.training.evaluation import Best, Selection, labels_for
 from torchcdm.training.finish import calibrate_levels, compare, samples_to_draw, save_samples
@@ -105,9 +105,7 @@ def train(
         known = {name: kept.get(name) for name in FIELDS if getattr(config.model, name) is None}
         config = replace(config, model=choose_base(replace(config.model, **known), source, config.data.flip))
         if speaks:
-            print(f"starts from {base_in_words(config.model)}")
-            if source.classes is not None and config.model.labels == "none":
-                print(f"the {source.classes} classes of the data are not used; --model.labels joint learns them")
+            print(*filter(None, [f"starts from {base_in_words(config.model)}", hint(config.model, source)]), sep="\n")
         if state is not None:
             checkpoint.check_same(config, state.progress.config, run)
         processes = Processes(device)
