@@ -77,6 +77,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-groups-25": partial(pictures.quality_curves, "quality_curves_groups_25"),
     "quality-curves-groups-50": partial(pictures.quality_curves, "quality_curves_groups_50"),
     "quality-curves-groups-100": partial(pictures.quality_curves, "quality_curves_groups_100"),
+    "quality-curves-groups-200": partial(pictures.quality_curves, "quality_curves_groups_200"),
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
