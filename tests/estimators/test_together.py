@@ -70,10 +70,10 @@ def test_one_observation_is_that_of_the_posterior_itself(linear):
     alone = linear.log_prob(theta, x[0])
     for prior in ({"prior": NORMAL}, {}):  # it needs none
         # To rounding, which on some processors follows the size of a batch.
-        np.testing.assert_allclose(linear.log_prob(theta, x[0], together=True, **prior), alone, rtol=1e-5)
+        np.testing.assert_allclose(linear.log_prob(theta, x[0], together=True, **prior), alone, rtol=1e-6)
     draws = linear.sample(5, x[0], random_state=0)
     for one in (x[0], x[:1]):
-        np.testing.assert_allclose(linear.sample(5, one, random_state=0, together=True), draws, rtol=1e-5)
+        np.testing.assert_allclose(linear.sample(5, one, random_state=0, together=True), draws, rtol=1e-6)
 
 
 def test_units_of_theta_are_those_of_its_prior():
