@@ -27,7 +27,7 @@ from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, 
 from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
-from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, progress_bar, share
+from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, memory_kept, progress_bar, share
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked, shown
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
@@ -95,6 +95,7 @@ class Draws:
 
 
 @checked
+@memory_kept()
 def sample(
     model: Denoiser, n: Count, sampler: str | Sampler | None = None, steps: Count | None = None,
     y: Tensor | int | str | None = None, guidance: Float = 0.0, seed: Seed = 0, batch_size: Count | None = None,

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -120,6 +121,7 @@ def several() -> bool:
 
 
 _SHARED_BY: ContextVar[Processes | None] = ContextVar("shared_by", default=None)
+_KEEPING, SHORT = list[object](), 1.0  # blocks of memory_kept in all threads, and seconds that are short for one
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # what glibc's ``mallopt`` calls its parameters, ``malloc.h``
 
 
@@ -127,21 +129,27 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # what glibc's ``mallopt`
 def memory_kept() -> Iterator[None]:
     """Memory that is freed meanwhile stays with the process, where its C library is glibc.
 
-    A training step on a CPU asks for what the last one freed: pages that the system zeroes again take a tenth of it.
+    A network on a CPU asks for what it has just freed: pages that the system zeroes again take a tenth of a training
+    step, and up to a third of a denoising one. Within another block this one changes nothing. It takes milliseconds
+    to give the memory back, so that glibc is left to do so after a short one.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    library, began = ctypes.CDLL(None) if sys.platform == "linux" else None, time.monotonic()
     if not hasattr(library, "malloc_trim"):
         yield
         return
+    _KEEPING.append(block := object())
     library.mallopt(TRIM_THRESHOLD, -1)
     library.mallopt(MMAP_MAX, 0)
     try:
         yield
     finally:
-        # What glibc itself comes to after large tensors.
-        for parameter, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 << 20), (TRIM_THRESHOLD, 64 << 20)):
-            library.mallopt(parameter, value)
-        library.malloc_trim(0)
+        _KEEPING.remove(block)
+        if not _KEEPING:
+            # What glibc itself comes to after large tensors.
+            for parameter, value in ((MMAP_MAX, 65536), (MMAP_THRESHOLD, 32 << 20), (TRIM_THRESHOLD, 64 << 20)):
+                library.mallopt(parameter, value)
+            if time.monotonic() - began > SHORT:
+                library.malloc_trim(0)
 
 
 @contextmanager
@@ -241,6 +249,7 @@ def map_rows(
     return _each(torch.cat, [_each(lambda pair: pair[0].to(pair[1].device), (theirs, mine)) for theirs, _ in shares])
 
 
+@memory_kept()
 def _in_batches(
     function: Callable[[slice], Rows], rows: range, size: int | None, dim: int, device: torch.device
 ) -> Rows:
