@@ -19,6 +19,7 @@ from torchcdm.diffusion.schedules import (
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
 from torchcdm.models.denoiser import DenoisingDiffusion
+from torchcdm.networks.mlp import MLP
 from torchcdm.samplers import (
     DDIM,
     SAMPLERS,
@@ -292,6 +293,28 @@ def test_adaptive_steps_are_those_of_model_and_classes():
     # Other classes have trajectories of their own.
     one, other = (adaptive_levels(model, 7, (2,), torch.tensor([k]))[0] for k in (0, 1))
     assert one != other
+
+
+def test_placed_steps_are_kept_until_the_weights_or_the_request_are_others():
+    model, seen = ClassificationDiffusion(MLP(2, 42, 8, 1, classes=2), CosineSchedule(40)), []
+    model.backbone.register_forward_hook(lambda *_: seen.append(1))
+    options = {"sampler": "ddpm", "steps": 7, "shape": (2,), "spacing": "adaptive"}
+
+    def passes(**others):
+        seen.clear()
+        return sample(model, 5, **options | others), len(seen)
+
+    (first, cost), (again, less) = passes(), passes()
+    assert torch.equal(first, again) and (cost, less) == (7 + 40, 7)
+    assert [passes(y=y)[1] for y in (0, 1, 0, 1)] == [47, 47, 7, 7]
+    assert [passes(y=0, guidance=1.0)[1] for _ in range(2)] == [94, 14]
+    assert [passes(steps=9)[1], passes()[1]] == [49, 7]
+    for weights in model.parameters():
+        weights.data += 0.01
+    assert [passes()[1], passes()[1]] == [47, 7]
+    for steps in range(2, 20):
+        passes(steps=steps)
+    assert len(model.placed) == 16
 
 
 def test_by_default_columns_of_vectors_keep_their_deviations():

@@ -32,6 +32,7 @@ from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, 
 from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
 
 STEPS = 25  # by default
+MOST_PLACED = 16  # requests whose placed steps a model keeps
 SAMPLER, OF_VECTORS = "sa2", "dpm++"  # of images, and of vectors, whose columns may differ much in their deviations
 WITH_MOVES = "ddpm"  # of steps with a move after each, after which a multistep rule has no history
 ISLANDS = 8  # populations at most
@@ -166,7 +167,7 @@ def sample(
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
-        path, variance = adaptive_levels(denoiser, steps, shape, asked, rule.weight)
+        path, variance = _placed(model, guidance, denoiser, steps, shape, asked, rule.weight)
         if asked_steps and len(path) <= steps:
             warn(f"{len(path) - 1} steps, not {steps}: no more levels lie below {path[0]}, where placed steps begin; "
                  "spacing 'even' begins at level T")  # fmt: skip
@@ -186,6 +187,20 @@ def sample(
     acceptance = None if moves is None else moves.acceptance(n)
     known = {"evaluations": rule.cost(steps) + corrector * (steps - 1), "acceptance": acceptance}
     return Draws(x, float(n), y=None if labels is None else labels.cpu(), **known)
+
+
+def _placed(
+    model: Denoiser, guidance: float, denoiser: Denoiser, steps: int, shape: tuple[int, ...], y: Tensor | None,
+    weight: float,
+) -> tuple[list[int], float]:  # fmt: skip
+    """As :func:`adaptive_levels`, kept with the model: found anew for other weights, or another request."""
+    state = (float(part.detach().sum(dtype=torch.float64)) for part in (*model.parameters(), *model.buffers()))
+    pilots = None if y is None else tuple(pilot_labels(y).flatten().tolist())
+    key = guidance, steps, shape, pilots, weight, *state
+    if key not in model.placed:
+        model.placed = dict(list(model.placed.items())[1 - MOST_PLACED :])
+        model.placed[key] = adaptive_levels(denoiser, steps, shape, y, weight)
+    return model.placed[key]
 
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]

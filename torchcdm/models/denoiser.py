@@ -34,6 +34,7 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
         coarse: The data along their main directions, from which samplers start below T; of images.
+        placed: The steps that :func:`torchcdm.sample` has placed for the weights as they are, by what was asked for.
         composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
 
@@ -50,6 +51,7 @@ class Denoiser(nn.Module, ABC):
             raise UserError(f"schedule is of type {type(schedule).__name__}; give the network, then a NoiseSchedule")
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
         self.coarse: CoarseData | None = None
+        self.placed: dict[Any, tuple[list[int], float]] = {}
 
     @property
     def shape(self) -> tuple[int, ...] | None:
