@@ -127,6 +127,15 @@ def test_a_collapse_of_the_weights_is_said():
         compose.sample(model, 8, particles=64)
 
 
+def test_tilted_densities_have_no_ends():
+    tilted = compose.tilted(gaussian()[0], lambda x: x[:, 0])
+    last = tilted.schedule.T
+    for t in (0, last + 1, torch.tensor([0, 1])):
+        with pytest.raises(UserError, match=f"levels 1 ... {last} alone"):
+            tilted.denoise(torch.zeros(2, 2, dtype=torch.float64), t)
+    assert tilted.denoise(torch.zeros(2, 2, dtype=torch.float64), torch.tensor([1, last])).eps.shape == (2, 2)
+
+
 def test_a_linear_reward_moves_a_gaussian():
     model, base = gaussian()
     push = torch.tensor([1.0, 0.5], dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -80,6 +81,10 @@ def test_the_strongest_layer_wins(tmp_path):
     assert config.train.lr == 5e-4  # YAML reads a text here
     assert config.train.batch_size == 32
     assert config.preset == "digits"
+    file.write_text("preset: digits\ntrain: {lr: 5e-4, batch_size: 32}\n")
+    assert make_config(file_fields(file)) == config, "a file that names its preset builds on it"
+    file.write_text(to_yaml(replace(config, preset="gone")))
+    assert make_config(file_fields(file)).preset == "gone", "one of a run has all that it needs"
 
 
 def test_a_part_of_another_name_starts_from_its_own_defaults():

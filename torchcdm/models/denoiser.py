@@ -172,6 +172,8 @@ class Unnormalised(Denoiser):
     def denoise(self, x_t: Tensor, t: Level, y: Tensor | None = None) -> Prediction:
         self.check_inputs(x_t, t, y)
         levels = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        if bool(((levels < 1) | (levels > self.schedule.T)).any()):
+            raise UserError(f"this density has the levels 1 ... {self.schedule.T} alone")
         return Prediction(x_t.detach(), *self.schedule.at(t, x_t), self.at_level(x_t, levels)[1].to(x_t.dtype))
 
 

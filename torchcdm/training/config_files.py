@@ -40,7 +40,7 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_fields(path: str | Path) -> dict[str, Any]:
-    """What a YAML file sets; its key ``extends``, if any, names a preset that it builds on."""
+    """What a YAML file sets, on the preset that its ``extends`` names, or ``preset`` unless it sets all sections."""
     content = read_bytes(Path(path))
     try:
         fields = yaml.load(content.decode("utf-8-sig"), _Loader)
@@ -50,7 +50,8 @@ def file_fields(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
-    return _extended(fields)
+    complete = Config.__dataclass_fields__.keys() <= fields.keys()  # as a run's own, whose preset may be gone
+    return _extended(fields if complete else {"extends": fields.get("preset"), **fields})
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:
