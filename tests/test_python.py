@@ -321,6 +321,13 @@ def test_a_network_with_classes(joint, tmp_path):
     assert torch.equal(again.log_prob(x[:6], y=y[:6]), model.log_prob(x[:6], y=y[:6]))
 
 
+def test_training_takes_the_frequencies_of_the_classes():
+    x, y = points(100), torch.arange(100) % 10 // 9  # one in ten
+    model = torchcdm.ClassificationDiffusion(WithClasses(2, joint=True), UniformSigmaSchedule(30))
+    torchcdm.train(model, x, y, **TINY)
+    assert model.log_class_prior.exp()[1] == pytest.approx(0.1, abs=0.03)
+
+
 def test_train_a_model_that_was_made_by_hand(tmp_path):
     model = torchcdm.ClassificationDiffusion(network(52), UniformSigmaSchedule(50))
     with pytest.raises(UserError, match="no transform"):

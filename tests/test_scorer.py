@@ -139,7 +139,7 @@ def test_what_cannot_be_read_is_left_out_when_asked(tmp_path, digits, scorer):
         found = scorer(batch)
     finally:
         scorer.skip_bad = False
-    assert found["input"].tolist() == [""] and "1 file(s) that cannot be read are left out" in found["note"][0]
+    assert found["input"].tolist() == [""] and "1 file(s) that cannot be used are left out" in found["note"][0]
 
 
 def test_a_copy_scores_alike(digits, scorer):

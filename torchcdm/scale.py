@@ -20,7 +20,7 @@ import torch
 from torchcdm.apps.anomaly import AnomalyDetector, AnomalyMap, normal_data
 from torchcdm.apps.anomaly.maps import top_columns
 from torchcdm.data import Inputs
-from torchcdm.data.inputs import WHOLE, check_range, on_grid, parts_of, read_array, read_table
+from torchcdm.data.inputs import WHOLE, check_range, on_range, parts_of, read_array, read_table
 from torchcdm.errors import UserError, needed, reason
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.runtime.processes import chosen_device, progress_bar
@@ -136,7 +136,8 @@ class Scorer:
         values = np.stack(list(values)) if values.dtype == object else values
         found = read_array(values, Path(name), transform.shape, options)
         if name == ARRAYS[0] and values.dtype.kind == "u":
-            found = found._replace(x=on_grid(found.x, int(np.iinfo(values.dtype).max), transform, Path(name)))
+            x = on_range(found.x, int(np.iinfo(values.dtype).max), transform, Path(name))
+            found = found._replace(x=transform.quantize(x))
         check_range(found.x, found.names, transform)
         return found, np.arange(len(values))
 

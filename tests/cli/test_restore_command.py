@@ -121,4 +121,4 @@ def test_what_is_skipped_is_said(capsys, tmp_path, pixels, files):
     assert "bad.png" in refuse(capsys, *words)
     assert main([*map(str, words), "--skip-bad"]) == 0
     said = capsys.readouterr()
-    assert "1 file(s) that cannot be read are left out" in said.err and "1 images in" in said.out
+    assert "1 file(s) that cannot be used are left out" in said.err and "1 images in" in said.out

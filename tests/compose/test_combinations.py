@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import MixtureClassifier, ZeroBackbone, labelled_mixture, normal
 
+import torchcdm
 from studies.exact import GaussianMixture
 from torchcdm import compose
 from torchcdm.compose import sample
@@ -40,6 +41,14 @@ def gaussian(schedule=SCHEDULE):
     base = GaussianMarginals(schedule, torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0]),
                              MatrixRotation((2,), torch.linalg.qr(normal(2, 2))[0]))  # fmt: skip
     return ClassificationDiffusion(ZeroBackbone(schedule.T + 2), schedule, DataTransform((2,)), base), base
+
+
+def test_classes_by_name_are_taken_out():
+    model = torchcdm.load("zoo:digits-conditional")
+    for name in ("1", 1):
+        assert [y for _, y in compose.none_of(model, [name]).experts] == [0, *range(2, 10)]
+    with pytest.raises(UserError, match="none of the classes .* leaves nothing"):
+        compose.none_of(model, "0123456789")
 
 
 @pytest.mark.parametrize("joint", [False, True])

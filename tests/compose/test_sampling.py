@@ -312,6 +312,8 @@ def test_placed_steps_are_kept_until_the_weights_or_the_request_are_others():
     for weights in model.parameters():
         weights.data += 0.01
     assert [passes()[1], passes()[1]] == [47, 7]
+    weights.data += torch.linspace(-1, 1, weights.numel()).view_as(weights)  # of the same sum
+    assert [passes()[1], passes()[1]] == [47, 7]
     for steps in range(2, 20):
         passes(steps=steps)
     assert len(model.placed) == 16

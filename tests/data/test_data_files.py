@@ -56,6 +56,24 @@ def test_images_survive_saving_and_reading(tmp_path, channels):
     assert torch.equal(y, x) and names == list(map(str, paths))
 
 
+def test_what_was_measured_is_not_rounded_to_grey_levels(tmp_path):
+    digits = DataTransform.images((1, 4, 4), levels=17)
+    measured = np.array([[64, 100], [255, 3]], np.uint8)
+    Image.fromarray(measured).save(tmp_path / "small.png")
+    (x,), *_ = read_pictures([tmp_path / "small.png"], digits, DataOptions(), (1, 2, 2))
+    assert np.allclose(x[0].numpy(), measured * (16 / 255.0))
+    Image.fromarray(measured.repeat(2, 0).repeat(2, 1)).save(tmp_path / "sample.png")
+    assert read_inputs(tmp_path / "sample.png", digits).x[0, 0, ::2, ::2].tolist() == [[4, 6], [16, 0]]
+    Image.fromarray(measured % 4).save(tmp_path / "dark.png")  # no fractions of [-1, 1]
+    assert read_pictures([tmp_path / "dark.png"], digits, DataOptions(), (1, 2, 2))[0][0].max() < 1
+
+
+def test_channels_have_a_mend(tmp_path):
+    Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / "colour.png")
+    with pytest.raises(UserError, match="1 channel.*convert them to so many channels"):
+        read_inputs(tmp_path / "colour.png", GREY)
+
+
 def test_digits_survive_saving_and_reading(tmp_path):
     source = load_data("digits")
     x = source.test.tensors(limit=20)[0].float()
@@ -186,7 +204,7 @@ def test_corrupt_images_are_named_or_skipped(tmp_path):
     with pytest.raises(UserError, match="000000.png: cannot be read as an image"):
         read_inputs(tmp_path, GREY)
     y, names, _, notes = read_inputs(tmp_path, GREY, DataOptions(skip_bad=True))
-    assert notes == (f"1 file(s) that cannot be read are left out, {paths[0]} the first.",)
+    assert notes == (f"1 file(s) that cannot be used are left out, {paths[0]} the first.",)
     assert torch.equal(y, x[1:]) and names == [str(paths[1])]
 
 

@@ -62,6 +62,44 @@ def test_every_image_is_in_one_split_and_the_split_does_not_depend_on_the_order_
     assert keys(source.test) != keys(other.test)
 
 
+def test_what_lies_beside_the_folders_of_splits_is_said_or_refused(tmp_path):
+    """A class may be called train, and the splits otherwise."""
+    for name in ("bus", "car", "Train"):
+        write_folder(tmp_path / "vehicles" / name, 12)
+    write(tmp_path / "vehicles" / "one.png", picture(50))
+    source = load_data(f"folder:{tmp_path / 'vehicles'}")
+    assert sum(map(len, splits_of(source))) == 12
+    first = tmp_path / "vehicles" / "one.png"
+    assert f"25 image(s) beside the folders of the splits are passed over, {first} the first." in source.notes
+    write_folder(tmp_path / "rest", 12)
+    assert sum(map(len, splits_of(load_data(f"folder:{tmp_path / 'rest'}")))) == 12
+    write_folder(tmp_path / "rest" / "test", 12)
+    assert "put the others into a folder 'train'" in one_line(f"folder:{tmp_path / 'rest'}")
+    write_folder(tmp_path / "alone" / "test", 12)  # as somebody keeps what is to be scored
+    assert sum(map(len, splits_of(load_data(f"folder:{tmp_path / 'alone'}")))) == 12
+
+
+def test_a_picture_beside_class_folders_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        write_folder(tmp_path / name, 6)
+    stray = write(tmp_path / "stray.png", picture(50))
+    source = load_data(f"folder:{tmp_path}")
+    assert source.classes is None and f"no classes, as {stray} lies beside the sub-folders." in source.notes
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_transparent_colour_is_white_in_every_mode(tmp_path, mode):
+    image = Image.new("RGB", (4, 4), (200, 0, 0))
+    image.paste((0, 0, 0), (0, 0, 2, 2))
+    image = image.convert(mode, palette=Image.Palette.ADAPTIVE) if mode == "P" else image.convert(mode)
+    transparent = image.getpixel((0, 0))
+    image.save(tmp_path / "x.png", transparency=transparent)
+    pixels, _ = decode(tmp_path / "x.png")
+    assert len(pixels) == describe(tmp_path / "x.png").channels == (2 if mode == "L" else 4)
+    assert to_channels(pixels, 3, 255)[:, 0, 0].tolist() == [255, 255, 255]
+    assert to_channels(pixels, 3, 255)[:, 3, 3].tolist() == ([60] * 3 if mode == "L" else [200, 0, 0])
+
+
 def test_recursive_sub_folders_are_classes(tmp_path):
     cats = write_folder(tmp_path, 12, where="cat/deep/{}.png")
     dogs = {str(write(tmp_path / f"dog/{k}.png", picture(100 + k))): k for k in range(8)}

@@ -198,7 +198,7 @@ def test_celeba_damage_is_named(tmp_path):
     assert "1 listed file(s) are missing, 000003.jpg" in one_line(spec)
     source = load_data(spec, skip_bad=True)
     assert len(source.train) == 6
-    assert any("1 file(s) that cannot be read are left out" in note and "000002.jpg" in note for note in source.notes)
+    assert any("1 file(s) that cannot be used are left out" in note and "000002.jpg" in note for note in source.notes)
     assert any("missing, 000003.jpg" in note for note in source.notes)
     listing.write_text("000001.jpg 0\n000002.jpg train\n")
     assert f"{listing}: line 2 is not" in one_line(spec)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from torchcdm.apps.ratio.coordinates import Curves
 from torchcdm.data import DataOptions
@@ -35,6 +36,16 @@ def test_both_sources_are_as_frequent_and_nothing_of_the_held_out_share_is_train
     assert [len(found) for found in ids["train"]] == [80, 32]
     assert [len(found) for found in ids["validation"]] == [20, 8]
     assert all(train.isdisjoint(held) for train, held in zip(ids["train"], ids["validation"], strict=True))
+
+
+def test_larger_pictures_are_no_query(tmp_path):
+    images = np.random.RandomState(0).randint(0, 256, (40, 8, 8), dtype=np.uint8)
+    pair = pair_up(images, images[::-1].copy())
+    for side in (8, 16):
+        Image.fromarray(np.full((side, side), 7, np.uint8)).save(tmp_path / f"{side}.png")
+    assert len(read_query(tmp_path / "8.png", pair.source.transform, None, DataOptions()).x) == 1
+    with pytest.raises(UserError, match="16 x 16 pixels.*the model takes images of 8 x 8"):
+        read_query(tmp_path / "16.png", pair.source.transform, None, DataOptions())
 
 
 @pytest.mark.parametrize("copies", [1, 4])

@@ -176,9 +176,10 @@ def none_of(model: Denoiser, what: Sequence[int] | Sequence[Denoiser], kappa: Ex
     of_models = not isinstance(what, Integral | nn.Module) and any(isinstance(one, nn.Module) for one in what)
     away = _experts(what, None) if of_models else _experts(model, what)
     if kappa is None and not of_models:
-        left = [y for y in range(away[0][0].classes or 0) if y not in what]
+        taken = [y for _, y in away]  # by number, where names were given
+        left = [y for y in range(away[0][0].classes or 0) if y not in taken]
         if not left:
-            raise UserError(f"compose: none of the classes {list(what)} leaves nothing; leave one of them out")
+            raise UserError(f"compose: none of the classes {taken} leaves nothing; leave one of them out")
         return any_of(model, left)
     kappa = 1.0 if kappa is None else kappa
     weights = torch.tensor([1 + len(away) * kappa, *[-kappa] * len(away)], dtype=torch.float64)

@@ -6,6 +6,7 @@ sequential Monte Carlo, whose weights also mend how the levels' densities differ
 exchange between the levels, started from such particles.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -194,9 +195,11 @@ def _placed(
     weight: float,
 ) -> tuple[list[int], float]:  # fmt: skip
     """As :func:`adaptive_levels`, kept with the model: found anew for other weights, or another request."""
-    state = (float(part.detach().sum(dtype=torch.float64)) for part in (*model.parameters(), *model.buffers()))
+    state = hashlib.blake2b(digest_size=16)
+    for part in (*model.parameters(), *model.buffers()):
+        state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     pilots = None if y is None else tuple(pilot_labels(y).flatten().tolist())
-    key = guidance, steps, shape, pilots, weight, *state
+    key = guidance, steps, shape, pilots, weight, state.digest()
     if key not in model.placed:
         model.placed = dict(list(model.placed.items())[1 - MOST_PLACED :])
         model.placed[key] = adaptive_levels(denoiser, steps, shape, y, weight)

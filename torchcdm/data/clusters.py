@@ -80,4 +80,5 @@ def in_clusters(source: DataSource, count: int, seed: int) -> DataSource:
     parts = (source.transform(split.values(k).float()) for k in torch.arange(len(split)).split(most))
     labels = torch.from_numpy(np.concatenate([found.predict(main.transform(rows(part))) for part in parts])).long()
     names = tuple(f"cluster {k}" for k in range(count))
-    return replace(without_labels(source), train=split.relabelled(labels), class_names=names)
+    notes = (*source.notes, *["the classes of the data are not used: groups stand for them."] * bool(source.classes))
+    return replace(without_labels(source), train=split.relabelled(labels), class_names=names, notes=notes)

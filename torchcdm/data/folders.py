@@ -70,9 +70,25 @@ def find_files(
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders of images below ``root``, by split: itself where it has none of training."""
-    found = named_splits(lambda name: root / name if os.path.isdir(root / name) else None)
+    """The folders of images below ``root``, by split: itself where it has none. UserError for others beside those of
+    validation or test, none of which is for training."""
+    inside = sorted(path for path in root.iterdir() if path.name[0] != ".") if os.path.isdir(root) else []
+    found = named_splits({path.name.lower(): path for path in inside if os.path.isdir(path)}.get)
+    beside = [path for path in inside if os.path.isdir(path) or path.suffix.lower() in SUFFIXES]
+    if found and "train" not in found and len(beside) > 1:
+        (first, *_), mend = found.values(), "put the others into a folder 'train', or rename this one"
+        raise UserError(f"{first}: the name of a split, and there is none for training; {mend}")
     return found if "train" in found else {"train": root}
+
+
+def passed_over(root: Path, folders: Collection[Path]) -> list[str]:
+    """What is to be said of images below ``root`` that are in none of the ``folders`` of its splits."""
+    beside = sorted(path for path in root.iterdir() if path.name[0] != "." and path not in folders)
+    within = find_files([path for path in beside if os.path.isdir(path)], skip_bad=True)[0]
+    images = [path for path in beside if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+    images += [path for part in within for path in part]
+    said = "{} image(s) beside the folders of the splits are passed over, {} the first."
+    return [said.format(len(images), images[0])] if images else []
 
 
 def check_apart(run: Path, spec: str) -> None:
@@ -92,6 +108,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     folders = split_folders(Path(argument))
     found, notes = find_files(list(folders.values()), options.skip_bad)
     files = dict(zip(folders, found, strict=True))
+    notes += passed_over(Path(argument), folders.values()) if folders["train"] != Path(argument) else []
     if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")
@@ -100,6 +117,8 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     above = {path: (*parts, "")[0] for path, parts in inside.items()}
     names = sorted({above[path] for path in files["train"]})
     class_names = tuple(names) if len(names) > 1 and "" not in names else None
+    if len(names) > 2 and class_names is None:
+        notes.append(f"no classes, as {next(path for path in above if not above[path])} lies beside the sub-folders.")
     strange = [path for path, name in above.items() if name not in names]
     if class_names and strange:
         raise UserError(f"{strange[0]}: not in one of the class folders of the training images ({', '.join(names)})")
@@ -168,5 +187,5 @@ def inspect(paths: Sequence[Path], options: DataOptions) -> tuple[ImageInfo, dic
 
 
 def left_out(bad: Sequence[Path | str]) -> tuple[str, ...]:
-    """The note on files that cannot be read; none where there are none."""
-    return (f"{len(bad)} file(s) that cannot be read are left out, {bad[0]} the first.",) if bad else ()
+    """The note on files that cannot be read, or are too small; none where there are none."""
+    return (f"{len(bad)} file(s) that cannot be used are left out, {bad[0]} the first.",) if bad else ()

@@ -177,8 +177,10 @@ def _high(mode: str) -> int | None:
 
 def _plain_mode(image: Image.Image) -> str:
     """The Pillow mode in which the pixels are values: palettes, bitmaps and printers' colours converted."""
+    if "transparency" in image.info and image.mode in ("P", "RGB", "L"):
+        return "LA" if image.mode == "L" else "RGBA"
     if image.mode == "P":
-        return "RGBA" if "transparency" in image.info else "RGB"
+        return "RGB"
     if image.mode in ("L", "LA", "RGB", "RGBA", "F", *WIDE_MODES):
         return image.mode
     return {"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}.get(image.mode, "RGB")

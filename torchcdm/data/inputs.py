@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 def read_inputs(
     paths: str | Path | Sequence[str | Path], transform: DataTransform, options: DataOptions | None = None,
-    noisy: bool = False, parts: Sequence[int] | None = None,
+    noisy: bool = False, parts: Sequence[int] | None = None, tiled: bool = True,
 ) -> Inputs:  # fmt: skip
     """Samples for a model from files; UserError for nothing to read, damaged files, or ones that do not fit the model.
 
@@ -55,13 +55,14 @@ def read_inputs(
         options: ``size``, ``channels`` and ``skip_bad`` of images.
         noisy: Values of arrays may lie beyond the model's grey levels, as those of noisy images do.
         parts: Parts of the files, one a path, as :func:`parts_of` numbers them; they may hold nothing to read.
+        tiled: Whether larger images are; they are refused else.
     """
     paths, options = [paths] if isinstance(paths, (str, Path)) else paths, options or DataOptions()
     if parts is None:
         files, notes = parts_of(paths, transform, options, groups=False)
     else:
         files, notes = list(zip(paths, parts, strict=True)), []
-    read = [_read(Path(path), part, transform, options) for path, part in files]
+    read = [_read(Path(path), part, transform, options, tiled) for path, part in files]
     found = [inputs for inputs in read if inputs is not None]
     if parts is None and not any(inputs.names for inputs in found):
         kind = "tables" if len(transform.shape) == 1 else "images"
@@ -101,7 +102,8 @@ def read_pictures(
     paths: Sequence[str | Path], transform: DataTransform, options: DataOptions, shape: tuple[int, ...] | None = None
 ) -> tuple[list[Tensor], list[str], list[str]]:
     """Images of the model's size or larger, or of another ``shape``: data units, each (C, H, W); names, and notes.
-    Arguments and errors as for :func:`read_inputs`, whose tiles would be apart."""
+    Arguments and errors as for :func:`read_inputs`, whose tiles would be apart. What was measured, or has noise, lies
+    between the model's grey levels, too: it is not rounded to them."""
     files, notes = parts_of(paths, transform, options, groups=False)
     pictures, names, bad, options = [], [], [], replace(options, size=None)
     for path, part in ((Path(name), part) for name, part in files):
@@ -117,13 +119,14 @@ def read_pictures(
             names.append(printable(path))
     if not pictures:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
-    check_range(pictures, names, transform, noisy=True)
+    own = [k for k, name in enumerate(names) if not name.lower().endswith(tuple(images.SUFFIXES - {".npy"}))]
+    check_range([pictures[k] for k in own], [names[k] for k in own], transform, noisy=True)
     if shape is None and any(x.shape != transform.shape for x in pictures):
         notes.append("images keep their size, by tiles of the model's {1} x {2} pixels".format(*transform.shape))
     return pictures, names, [*notes, *left_out(bad)]
 
 
-def _read(path: Path, part: int, transform: DataTransform, options: DataOptions) -> Inputs | None:
+def _read(path: Path, part: int, transform: DataTransform, options: DataOptions, tiled: bool) -> Inputs | None:
     """All samples of one file, or of a part of it; None of an image that cannot be read."""
     if tables.is_table(path):
         frame = tables.read(path, options, None if part == WHOLE else part)
@@ -135,6 +138,9 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions)
     x = _picture(path, transform, options, transform.shape)
     if x is None:
         return None
+    if not tiled:
+        check_shape(tuple(x.shape), transform.shape, path)
+    x = x if path.suffix.lower() == ".npy" else transform.quantize(x)
     height, width = transform.shape[1:]
     places, notes = places_of(x.shape[1:], (height, width), 1.0), []
     names = [printable(path) + (f" at {top},{left}" if len(places) > 1 else "") for top, left in places]
@@ -185,25 +191,26 @@ def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: 
         return None
     if len(shape) != 3 or x.shape[0] != shape[0] or x.shape[1] < shape[1] or x.shape[2] < shape[2]:
         check_shape(tuple(x.shape), shape, path)
-    return x.float() if path.suffix.lower() == ".npy" else on_grid(x.float(), high, transform, path)
+    return x.float() if path.suffix.lower() == ".npy" else on_range(x.float(), high, transform, path)
 
 
-def on_grid(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
-    """File values to the model's grey levels; files of floats hold data units already."""
+def on_range(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
+    """File values on the range of the model's grey levels, not rounded; files of floats hold data units already."""
     low, high = transform.low, transform.high
     if file_high is None or (low, high) == (0, file_high):
         return x
     if low is None or high is None:
         raise UserError(f"{path}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
-    return transform.quantize(low + x * ((high - low) / file_high))
+    return low + x * ((high - low) / file_high)
 
 
 def check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path | str) -> None:
     """Refuses samples of another shape than the model's, in words."""
     if found != needed:
         both = ["vectors of {}", "", "images of {1} x {2} pixels, {0} channel(s)"]
+        mend = "; convert them to so many channels" if len(found) == len(needed) == 3 and found[0] != needed[0] else ""
         found, needed = (both[len(shape) - 1].format(*shape) for shape in (found, needed))
-        raise UserError(f"{path}: {found}; the model takes {needed}")
+        raise UserError(f"{path}: {found}; the model takes {needed}{mend}")
 
 
 def check_range(x: Sequence[Tensor], names: Sequence[str], transform: DataTransform, noisy: bool = False) -> None:
@@ -213,7 +220,7 @@ def check_range(x: Sequence[Tensor], names: Sequence[str], transform: DataTransf
     if bin is None or low is None or high is None:
         return
     levels = f"the model's grey levels are {low:g} ... {high:g}"
-    small = high - low > 2 and all(bool((part.abs() <= 1).all()) for part in x)
+    small = bool(len(x)) and high - low > 2 and all(bool((part.abs() <= 1).all()) for part in x)
     if small and any(bool((part != part.round()).any()) for part in x):
         raise UserError(f"{names[0]}: fractions of [-1, 1]; {levels}: rescale them")
     for part, name in zip(x, names, strict=True):

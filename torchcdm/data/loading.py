@@ -153,7 +153,8 @@ def check_spec(spec: str) -> None:
     if kind in ("folder", "array", "table"):
         is_folder, meant = stat.S_ISDIR(file_status(Path(argument)).st_mode), spec_of(argument)
         if (kind == "folder") != is_folder or meant not in (spec, argument):
-            raise UserError(f"{argument}: a {'folder' if is_folder else 'file'}, no {kind}; write {meant}")
+            mend = f"write {meant}" if meant != argument else "give the folder that it lies in"
+            raise UserError(f"{argument}: a {'folder' if is_folder else 'file'}, no {kind}; {mend}")
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -132,7 +132,7 @@ def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, o
     """
     table = None if warp is None else warp.table
     if table is None and isinstance(x, (str, Path)) and os.path.exists(x):
-        return read_inputs(x, transform, options)
+        return read_inputs(x, transform, options, tiled=False)
     query, grid = read_side(x, "query", options, table)
     if table is None:
         check_shape(tuple(query.shape[1:]), transform.shape, "query")

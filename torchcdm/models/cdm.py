@@ -33,7 +33,8 @@ class ClassificationDiffusion(Float64Module, DensityModel):
         schedule: The noise schedule, T + 2 levels.
         transform: Data units to model units; None where the caller works in model units.
         gaussian: The base density; the standard normal when None.
-        class_prior: p(y) of a joint backbone, (classes,), or frequencies; uniform when None. UserError for others.
+        class_prior: p(y) of a joint backbone, (classes,), or frequencies; uniform when None, UserError for others. A
+            training sets it to the frequencies of its labels.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)

@@ -34,7 +34,8 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
         coarse: The data along their main directions, from which samplers start below T; of images.
-        placed: The steps that :func:`torchcdm.sample` has placed for the weights as they are, by what was asked for.
+        placed: The steps that :func:`torchcdm.sample` has placed for the weights as they are, by what was asked for;
+            to be emptied where something else in a network of one's own has changed.
         composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
 

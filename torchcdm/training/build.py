@@ -234,13 +234,16 @@ def new_model(config: ModelConfig, source: DataSource, flip: bool, backbone: nn.
     """The model before its training: its weights are torch's next draws, unless ``backbone`` has some."""
     config = choose_base(config, source, flip)
     gaussian = fit_gaussian(config, source, flip) if config.gaussian else None
-    prior = None
-    if config.labels == "joint" and source.classes is not None:
-        prior = torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
+    prior = class_frequencies(source) if config.labels == "joint" and source.classes is not None else None
     model = build_model(config, source.transform, source.classes, gaussian, prior, backbone)
     if len(source.shape) > 1:
         model.coarse = CoarseData.fit(*base_samples(source, flip, least=1000), model.classes or 0)
     return model
+
+
+def class_frequencies(source: DataSource) -> Tensor:
+    """How many training samples each class has, at least one: the prior of joint logits, long (classes,)."""
+    return torch.bincount(source.train.labels.clamp_min(0), minlength=source.classes).clamp_min(1)
 
 
 def _settings_of_network(model: Denoiser) -> Any:

@@ -25,7 +25,15 @@ from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.processes import progress_bar, several
 from torchcdm.runtime.validation import encode, read_as
 from torchcdm.training import loop
-from torchcdm.training.build import build_model, choose_base, config_of, imported, in_units, plain_model
+from torchcdm.training.build import (
+    build_model,
+    choose_base,
+    class_frequencies,
+    config_of,
+    imported,
+    in_units,
+    plain_model,
+)
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import file_fields, make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -130,6 +138,10 @@ def train(
     if not any(weights.requires_grad for weights in model.parameters()):
         model.requires_grad_(True)  # one that was loaded
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
+    if getattr(model, "joint", False) and source.classes is not None:
+        # The loss is that of (class, level): with another prior p(x|y) would learn the difference.
+        frequencies = class_frequencies(source).to(model.log_class_prior)
+        model.log_class_prior.copy_((frequencies / frequencies.sum()).log())
     source = replace(source, transform=copy.deepcopy(model.transform).cpu())  # batches are made on the CPU
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
     return trained(config, source, device, progress, out=out, resume=resume, model=model)
