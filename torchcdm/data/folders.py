@@ -72,7 +72,8 @@ def find_files(
 def split_folders(root: Path) -> dict[str, Path]:
     """The folders of images below ``root``, by split: itself where it has none. UserError for others beside those of
     validation or test, none of which is for training."""
-    inside = sorted(path for path in root.iterdir() if path.name[0] != ".") if os.path.isdir(root) else []
+    listed = os.path.isdir(root) and os.access(root, os.R_OK)  # find_files says what is wrong with any other
+    inside = sorted(path for path in root.iterdir() if path.name[0] != ".") if listed else []
     found = named_splits({path.name.lower(): path for path in inside if os.path.isdir(path)}.get)
     beside = [path for path in inside if os.path.isdir(path) or path.suffix.lower() in SUFFIXES]
     if found and "train" not in found and len(beside) > 1:
