@@ -23,7 +23,7 @@ HEAD = """\
 # Settings
 
 What a preset, a YAML file (`cdm train --config FILE.yaml`) and flags (`--section.field VALUE`) may set. A file may
-begin with `extends: PRESET`. `RUN/config.yaml` holds the settings of a run.
+begin with `preset: PRESET`, which it builds on. `RUN/config.yaml` holds the settings of a run.
 """
 
 COMMANDS = """\

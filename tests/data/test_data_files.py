@@ -70,8 +70,22 @@ def test_what_was_measured_is_not_rounded_to_grey_levels(tmp_path):
 
 def test_channels_have_a_mend(tmp_path):
     Image.fromarray(np.zeros((6, 5, 3), np.uint8)).save(tmp_path / "colour.png")
-    with pytest.raises(UserError, match="1 channel.*convert them to so many channels"):
+    with pytest.raises(UserError, match=r"convert them to 1 channel\(s\)"):
         read_inputs(tmp_path / "colour.png", GREY)
+
+
+def test_float_pictures_hold_data_units(tmp_path):
+    path = tmp_path / "x.tif"
+    values = np.random.RandomState(0).uniform(3, 250, (6, 5)).astype(np.float32)
+    Image.fromarray(values).save(path)
+    assert np.array_equal(read_inputs(path, GREY).x[0, 0].numpy(), values)
+    for wrong, message in ((values / 255, "fractions of"), (values * 3, "values from")):
+        Image.fromarray(wrong).save(path)
+        with pytest.raises(UserError, match=message):
+            read_inputs(path, GREY)
+    Image.fromarray(values / 255).save(path)
+    with pytest.raises(UserError, match="fractions of"):
+        read_pictures([path], GREY, DataOptions())
 
 
 def test_digits_survive_saving_and_reading(tmp_path):

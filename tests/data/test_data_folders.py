@@ -76,7 +76,16 @@ def test_what_lies_beside_the_folders_of_splits_is_said_or_refused(tmp_path):
     write_folder(tmp_path / "rest" / "test", 12)
     assert "put the others into a folder 'train'" in one_line(f"folder:{tmp_path / 'rest'}")
     write_folder(tmp_path / "alone" / "test", 12)  # as somebody keeps what is to be scored
+    (tmp_path / "alone" / "notes").mkdir()
     assert sum(map(len, splits_of(load_data(f"folder:{tmp_path / 'alone'}")))) == 12
+
+
+def test_links_to_images_beside_them_are_no_other_images(tmp_path):
+    (tmp_path / "train").mkdir()
+    for path in write_folder(tmp_path / "all", 12):
+        (tmp_path / "train" / path.rpartition("/")[2]).symlink_to(path)
+    source = load_data(f"folder:{tmp_path}")
+    assert sum(map(len, splits_of(source))) == 12 and not any("passed over" in note for note in source.notes)
 
 
 def test_a_picture_beside_class_folders_is_named(tmp_path):
@@ -95,7 +104,7 @@ def test_a_transparent_colour_is_white_in_every_mode(tmp_path, mode):
     transparent = image.getpixel((0, 0))
     image.save(tmp_path / "x.png", transparency=transparent)
     pixels, _ = decode(tmp_path / "x.png")
-    assert len(pixels) == describe(tmp_path / "x.png").channels == (2 if mode == "L" else 4)
+    assert len(pixels) == describe(tmp_path / "x.png").channels == {"L": 1, "RGB": 3, "P": 4}[mode]
     assert to_channels(pixels, 3, 255)[:, 0, 0].tolist() == [255, 255, 255]
     assert to_channels(pixels, 3, 255)[:, 3, 3].tolist() == ([60] * 3 if mode == "L" else [200, 0, 0])
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from contextlib import redirect_stdout
 
@@ -30,7 +31,6 @@ from torchcdm.runtime.processes import (
     Processes,
     _shared_by,
     map_rows,
-    memory_kept,
     progress_bar,
     rows_at_a_time,
     sharing,
@@ -246,26 +246,41 @@ def test_no_rows_are_refused():
         map_rows(lambda rows: torch.zeros(rows.stop - rows.start), 0, dim=1, device=torch.device("cpu"))
 
 
+KEPT = """
+import math, resource, torch
+from torchcdm.runtime import processes
+from torchcdm.runtime.processes import map_rows, memory_kept
+
+def given():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.empty(2**25).fill_(1.0)  # 128 MiB, of 4 KiB a page, or 2 MiB a huge one
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def warm(_=None):
+    torch.empty(2**25).fill_(1.0)
+    return torch.tensor([given()])
+
+assert given() > 5 * 60
+with memory_kept():
+    assert warm() < 60
+    with memory_kept():
+        pass
+    assert given() < 60, "a block within another leaves it as it is"
+assert given() > 5 * 60
+assert map_rows(warm, 1, dim=1, device=torch.device("cpu")) < 60
+assert given() > 5 * 60
+for processes.SHORT, back in ((0.0, True), (math.inf, False)):
+    with memory_kept():
+        warm()
+    with memory_kept():
+        assert (given() > 60) == back, "at once after a long block alone"
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such settings")
 def test_freed_memory_is_used_again_without_the_system():
-    resource = pytest.importorskip("resource")
-
-    def pages_that_the_system_gave():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(5):
-            torch.empty(2**25).fill_(1.0)  # 128 MiB, of 4 KiB a page
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    assert pages_that_the_system_gave() > 5 * 60  # huge pages are of 2 MiB
-    def warm(_=None):
-        torch.empty(2**25).fill_(1.0)
-        return torch.tensor([pages_that_the_system_gave()])
-
-    with memory_kept():
-        assert warm() < 60
-        with memory_kept():
-            pass
-        assert pages_that_the_system_gave() < 60, "a block within another leaves it as it is"
-    assert pages_that_the_system_gave() > 5 * 60
-    assert map_rows(warm, 1, dim=1, device=torch.device("cpu")) < 60
-    assert pages_that_the_system_gave() > 5 * 60
+    """In a new process: one that memory did not suffice for has its large tensors elsewhere from then on."""
+    pytest.importorskip("resource")
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -85,6 +85,9 @@ def test_the_strongest_layer_wins(tmp_path):
     assert make_config(file_fields(file)) == config, "a file that names its preset builds on it"
     file.write_text(to_yaml(replace(config, preset="gone")))
     assert make_config(file_fields(file)).preset == "gone", "one of a run has all that it needs"
+    file.write_text("preset: digits\ndata: {}\nmodel: {}\nloss: {}\ntrain: {lr: 5e-4}\nsampling: {}\nreport: {}\n")
+    assert make_config(file_fields(file)).train.steps == parent.train.steps
+    assert file_fields(file, alone=True)["train"] == {"lr": 5e-4}, "what is laid on a run that goes on"
 
 
 def test_a_part_of_another_name_starts_from_its_own_defaults():

@@ -66,7 +66,7 @@ def _configuration(options: argparse.Namespace, progress: bool) -> tuple[Config,
         # A run goes on as it was, but for what is given; what was scaled too: no two measurements of a step agree.
         layers = [saved]
     if options.config is not None:
-        layers.append(file_fields(options.config))
+        layers.append(file_fields(options.config, alone=bool(saved)))
     if not layers:
         raise UserError("give a preset or --config FILE; cdm presets lists the presets")
     texts = given(**{name: getattr(options, name) for name in SHORT})

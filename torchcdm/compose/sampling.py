@@ -195,6 +195,8 @@ def _placed(
     weight: float,
 ) -> tuple[list[int], float]:  # fmt: skip
     """As :func:`adaptive_levels`, kept with the model: found anew for other weights, or another request."""
+    if model.composed or isinstance(model, GuidedDenoiser):  # of what no tensor says
+        return adaptive_levels(denoiser, steps, shape, y, weight)
     state = hashlib.blake2b(digest_size=16)
     for part in (*model.parameters(), *model.buffers()):
         state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -3,7 +3,7 @@
 import math
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heappush
 from pathlib import Path
@@ -75,19 +75,24 @@ def split_folders(root: Path) -> dict[str, Path]:
     listed = os.path.isdir(root) and os.access(root, os.R_OK)  # find_files says what is wrong with any other
     inside = sorted(path for path in root.iterdir() if path.name[0] != ".") if listed else []
     found = named_splits({path.name.lower(): path for path in inside if os.path.isdir(path)}.get)
-    beside = [path for path in inside if os.path.isdir(path) or path.suffix.lower() in SUFFIXES]
-    if found and "train" not in found and len(beside) > 1:
+    if found and "train" not in found and sum(bool(_images([path])) for path in inside) > 1:
         (first, *_), mend = found.values(), "put the others into a folder 'train', or rename this one"
         raise UserError(f"{first}: the name of a split, and there is none for training; {mend}")
     return found if "train" in found else {"train": root}
 
 
-def passed_over(root: Path, folders: Collection[Path]) -> list[str]:
-    """What is to be said of images below ``root`` that are in none of the ``folders`` of its splits."""
+def _images(paths: Sequence[Path]) -> list[Path]:
+    """The images among the paths, and in those of them that are folders."""
+    within = find_files([path for path in paths if os.path.isdir(path)], skip_bad=True)[0]
+    files = [path for path in paths if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
+    return files + [path for part in within for path in part]
+
+
+def passed_over(root: Path, files: Mapping[str, Sequence[Path]], folders: Collection[Path]) -> list[str]:
+    """What is to be said of images below ``root`` that are none of the ``files`` of its splits, in ``folders``."""
+    known = {os.path.realpath(path) for part in files.values() for path in part}
     beside = sorted(path for path in root.iterdir() if path.name[0] != "." and path not in folders)
-    within = find_files([path for path in beside if os.path.isdir(path)], skip_bad=True)[0]
-    images = [path for path in beside if path.suffix.lower() in SUFFIXES and not os.path.isdir(path)]
-    images += [path for part in within for path in part]
+    images = [path for path in _images(beside) if os.path.realpath(path) not in known]
     said = "{} image(s) beside the folders of the splits are passed over, {} the first."
     return [said.format(len(images), images[0])] if images else []
 
@@ -109,7 +114,7 @@ def load(argument: str, options: DataOptions, _: Any = None) -> Samples:
     folders = split_folders(Path(argument))
     found, notes = find_files(list(folders.values()), options.skip_bad)
     files = dict(zip(folders, found, strict=True))
-    notes += passed_over(Path(argument), folders.values()) if folders["train"] != Path(argument) else []
+    notes += passed_over(Path(argument), files, folders.values()) if folders["train"] != Path(argument) else []
     if not files["train"]:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise UserError(f"{folders['train']}: no image files in this folder or below it (looked for {suffixes})")

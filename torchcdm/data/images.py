@@ -88,9 +88,13 @@ def _has_pages(image: Image.Image) -> bool:
 
 
 def from_pillow(image: Image.Image) -> tuple[Tensor, int | None]:
-    """The pixels of a Pillow image, as :func:`decode` gives them. Orientation from EXIF is applied."""
+    """The pixels of a Pillow image, as :func:`decode` gives them. Orientation from EXIF is applied, and a colour that
+    is transparent is white."""
     upright = ImageOps.exif_transpose(image)
     mode = _plain_mode(upright)
+    if "transparency" in upright.info and mode in ("RGB", "L"):
+        blended = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+        upright = blended.convert(mode)
     array = np.asarray(upright if upright.mode == mode else upright.convert(mode))
     if mode in WIDE_MODES and (array.min() < 0 or array.max() > 65535):
         raise ValueError("32-bit integers beyond 0 ... 65535")
@@ -177,10 +181,8 @@ def _high(mode: str) -> int | None:
 
 def _plain_mode(image: Image.Image) -> str:
     """The Pillow mode in which the pixels are values: palettes, bitmaps and printers' colours converted."""
-    if "transparency" in image.info and image.mode in ("P", "RGB", "L"):
-        return "LA" if image.mode == "L" else "RGBA"
     if image.mode == "P":
-        return "RGB"
+        return "RGBA" if "transparency" in image.info else "RGB"
     if image.mode in ("L", "LA", "RGB", "RGBA", "F", *WIDE_MODES):
         return image.mode
     return {"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"}.get(image.mode, "RGB")

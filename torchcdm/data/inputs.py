@@ -105,22 +105,24 @@ def read_pictures(
     Arguments and errors as for :func:`read_inputs`, whose tiles would be apart. What was measured, or has noise, lies
     between the model's grey levels, too: it is not rounded to them."""
     files, notes = parts_of(paths, transform, options, groups=False)
-    pictures, names, bad, options = [], [], [], replace(options, size=None)
+    pictures, names, bad, own, options = [], [], [], [], replace(options, size=None)
     for path, part in ((Path(name), part) for name, part in files):
         if part == WHOLE and path.suffix.lower() in arrays.SUFFIXES:
             found = read_array(arrays.read(path)[0], path, shape or transform.shape, options)
             pictures += found.x
             names += found.names
-        elif (x := _picture(path, transform, options, shape or transform.shape)) is None:
+            own += zip(found.x, found.names, strict=True)
+        elif (found := _picture(path, transform, options, shape or transform.shape)) is None:
             bad.append(path)
         else:
+            x, levels = found
             check_shape(tuple(x.shape), shape or tuple(x.shape), path)
+            own += [] if levels else [(x, printable(path))]
             pictures.append(x)
             names.append(printable(path))
     if not pictures:
         raise UserError(f"nothing to read in {', '.join(map(str, paths))}")
-    own = [k for k, name in enumerate(names) if not name.lower().endswith(tuple(images.SUFFIXES - {".npy"}))]
-    check_range([pictures[k] for k in own], [names[k] for k in own], transform, noisy=True)
+    check_range(*(zip(*own, strict=True) if own else ((), ())), transform, noisy=True)
     if shape is None and any(x.shape != transform.shape for x in pictures):
         notes.append("images keep their size, by tiles of the model's {1} x {2} pixels".format(*transform.shape))
     return pictures, names, [*notes, *left_out(bad)]
@@ -135,12 +137,13 @@ def _read(path: Path, part: int, transform: DataTransform, options: DataOptions,
         return found._replace(x=single(found.x.numpy(), str(path)), names=names)
     if part == WHOLE and path.suffix.lower() in arrays.SUFFIXES:
         return read_array(arrays.read(path)[0], path, transform.shape, options)
-    x = _picture(path, transform, options, transform.shape)
-    if x is None:
+    picture = _picture(path, transform, options, transform.shape)
+    if picture is None:
         return None
+    x, levels = picture
     if not tiled:
         check_shape(tuple(x.shape), transform.shape, path)
-    x = x if path.suffix.lower() == ".npy" else transform.quantize(x)
+    x = transform.quantize(x) if levels else x
     height, width = transform.shape[1:]
     places, notes = places_of(x.shape[1:], (height, width), 1.0), []
     names = [printable(path) + (f" at {top},{left}" if len(places) > 1 else "") for top, left in places]
@@ -177,8 +180,11 @@ def read_array(x: np.ndarray, path: Path, shape: tuple[int, ...], options: DataO
     return Inputs(single(values.numpy(), str(path)), names, [""] * len(names))
 
 
-def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: tuple[int, ...]) -> Tensor | None:
-    """An image in data units, of the channels and at least the size of ``shape``; None of a bad one to skip."""
+def _picture(
+    path: Path, transform: DataTransform, options: DataOptions, shape: tuple[int, ...]
+) -> tuple[Tensor, bool] | None:
+    """An image in data units, of the channels and at least the size of ``shape``, and whether its file has grey
+    levels; None of a bad one to skip."""
     if path.suffix.lower() not in images.SUFFIXES:
         kinds = "images, .npz or .npy" if len(shape) == 3 else ".npz, .npy, .csv or .parquet"
         raise UserError(f"{path}: files ending in '{path.suffix.lower()}' are not read for this model; give {kinds}")
@@ -191,13 +197,14 @@ def _picture(path: Path, transform: DataTransform, options: DataOptions, shape: 
         return None
     if len(shape) != 3 or x.shape[0] != shape[0] or x.shape[1] < shape[1] or x.shape[2] < shape[2]:
         check_shape(tuple(x.shape), shape, path)
-    return x.float() if path.suffix.lower() == ".npy" else on_range(x.float(), high, transform, path)
+    levels = high is not None and path.suffix.lower() != ".npy"
+    return (on_range(x.float(), high, transform, path) if levels else x.float()), levels
 
 
-def on_range(x: Tensor, file_high: int | None, transform: DataTransform, path: Path) -> Tensor:
-    """File values on the range of the model's grey levels, not rounded; files of floats hold data units already."""
+def on_range(x: Tensor, file_high: int, transform: DataTransform, path: Path) -> Tensor:
+    """The grey levels of a file on the range of the model's, not rounded."""
     low, high = transform.low, transform.high
-    if file_high is None or (low, high) == (0, file_high):
+    if (low, high) == (0, file_high):
         return x
     if low is None or high is None:
         raise UserError(f"{path}: grey levels 0 ... {file_high}; the model's data are continuous: give an array")
@@ -208,7 +215,8 @@ def check_shape(found: tuple[int, ...], needed: tuple[int, ...], path: Path | st
     """Refuses samples of another shape than the model's, in words."""
     if found != needed:
         both = ["vectors of {}", "", "images of {1} x {2} pixels, {0} channel(s)"]
-        mend = "; convert them to so many channels" if len(found) == len(needed) == 3 and found[0] != needed[0] else ""
+        other = len(found) == len(needed) == 3 and found[0] != needed[0]
+        mend = f"; convert them to {needed[0]} channel(s)" if other else ""
         found, needed = (both[len(shape) - 1].format(*shape) for shape in (found, needed))
         raise UserError(f"{path}: {found}; the model takes {needed}{mend}")
 

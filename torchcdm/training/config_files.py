@@ -10,7 +10,7 @@ import yaml
 from torchcdm.errors import UserError, nearest
 from torchcdm.runtime.reading import read_bytes
 from torchcdm.runtime.validation import encode, join, read_as, shown
-from torchcdm.training.settings import Config
+from torchcdm.training.settings import Config, TrainConfig
 
 _PRESETS = Path(__file__).parent / "presets"
 
@@ -39,8 +39,9 @@ def _extended(fields: dict[str, Any]) -> dict[str, Any]:
     return fields if parent is None else merge(preset_fields(parent), fields)
 
 
-def file_fields(path: str | Path) -> dict[str, Any]:
-    """What a YAML file sets, on the preset that its ``extends`` names, or ``preset`` unless it sets all sections."""
+def file_fields(path: str | Path, alone: bool = False) -> dict[str, Any]:
+    """What a YAML file sets, ``alone`` or on the preset that its key ``extends`` names, or ``preset`` where it does
+    not set the whole training, as that of a run does."""
     content = read_bytes(Path(path))
     try:
         fields = yaml.load(content.decode("utf-8-sig"), _Loader)
@@ -50,8 +51,10 @@ def file_fields(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
-    complete = Config.__dataclass_fields__.keys() <= fields.keys()  # as a run's own, whose preset may be gone
-    return _extended(fields if complete else {"extends": fields.get("preset"), **fields})
+    parts = fields.get("train")
+    complete = isinstance(parts, dict) and TrainConfig.__dataclass_fields__.keys() <= parts.keys()
+    parent = {"extends": None} if alone else {} if complete else {"extends": fields.get("preset")}
+    return _extended(fields | parent if alone else parent | fields)
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:

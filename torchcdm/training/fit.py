@@ -113,10 +113,11 @@ def train(
     """Trains a model that you made, in place; gives it, in eval mode, with its best weights on a validation split.
 
     Network, schedule and base density are of your choice. A model without a transform gets that of the data, which are
-    in the units of its own elsewhere. Other arguments are those of :func:`fit`, but ``budget``, ``backbone`` and the
-    override ``model``; of the ``preset`` data options, optimiser and loss are taken. It is trained and left on the
-    ``device``; where none is given, on the best there is, and left on the CPU. UserError for data or overrides that
-    are not understood, or do not fit the model; parts that cannot be saved.
+    in the units of its own elsewhere; the prior of joint logits becomes the frequencies of the labels. Other arguments
+    are those of :func:`fit`, but ``budget``, ``backbone`` and the override ``model``; of the ``preset`` data options,
+    optimiser and loss are taken. It is trained and left on the ``device``; where none is given, on the best there is,
+    and left on the CPU. UserError for data or overrides that are not understood, or do not fit the model; parts that
+    cannot be saved.
 
     Example:
         >>> schedule = UniformSigmaSchedule(100)
@@ -140,8 +141,11 @@ def train(
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     if getattr(model, "joint", False) and source.classes is not None:
         # The loss is that of (class, level): with another prior p(x|y) would learn the difference.
-        frequencies = class_frequencies(source).to(model.log_class_prior)
-        model.log_class_prior.copy_((frequencies / frequencies.sum()).log())
+        frequencies, before = class_frequencies(source).to(model.log_class_prior), model.log_class_prior.exp()
+        frequencies = frequencies / frequencies.sum()
+        if len(before.unique()) > 1 and not torch.allclose(before, frequencies, atol=0.01):
+            warn("train: the class_prior of the model gives way to the frequencies of the labels")
+        model.log_class_prior.copy_(frequencies.log())
     source = replace(source, transform=copy.deepcopy(model.transform).cpu())  # batches are made on the CPU
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
     return trained(config, source, device, progress, out=out, resume=resume, model=model)
