@@ -6,7 +6,6 @@ sequential Monte Carlo, whose weights also mend how the levels' densities differ
 exchange between the levels, started from such particles.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torchcdm.annealing.target import ModelTarget
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.errors import UserError, warn
 from torchcdm.likelihood.log_z import LogZ
-from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, evaluation_mode, working_dtype
+from torchcdm.models.denoiser import Denoiser, GuidedDenoiser, digest_of, evaluation_mode, working_dtype
 from torchcdm.models.density import LevelReader
 from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
@@ -197,11 +196,8 @@ def _placed(
     """As :func:`adaptive_levels`, kept with the model: found anew for other weights, or another request."""
     if model.composed or isinstance(model, GuidedDenoiser):  # of what no tensor says
         return adaptive_levels(denoiser, steps, shape, y, weight)
-    state = hashlib.blake2b(digest_size=16)
-    for part in (*model.parameters(), *model.buffers()):
-        state.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     pilots = None if y is None else tuple(pilot_labels(y).flatten().tolist())
-    key = guidance, steps, shape, pilots, weight, state.digest()
+    key = guidance, steps, shape, pilots, weight, digest_of((*model.named_parameters(), *model.named_buffers()))
     if key not in model.placed:
         model.placed = dict(list(model.placed.items())[1 - MOST_PLACED :])
         model.placed[key] = adaptive_levels(denoiser, steps, shape, y, weight)

@@ -15,6 +15,11 @@ from torchcdm.runtime.precision import Float64Module
 from torchcdm.units import DataTransform
 
 
+def log_shares(frequencies: Tensor) -> Tensor:
+    """log p(y) of classes by their frequencies, (classes,)."""
+    return (frequencies / frequencies.sum()).log()
+
+
 @final
 class ClassificationDiffusion(Float64Module, DensityModel):
     """A classifier of noise levels, read as a density at every level (identities 1 to 4).
@@ -54,7 +59,7 @@ class ClassificationDiffusion(Float64Module, DensityModel):
             fits = prior.shape == (self.classes or 1,) and bool((prior >= 0).all()) and float(prior.sum()) > 0
             if not fits:
                 raise UserError(f"class_prior: {self.classes} numbers are needed, none negative, and one above 0")
-            self.log_class_prior = nn.Buffer((prior / prior.sum()).log())
+            self.log_class_prior = nn.Buffer(log_shares(prior))
 
     @property
     def joint(self) -> bool:

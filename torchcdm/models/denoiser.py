@@ -1,7 +1,8 @@
 """Denoisers: what every sampler and likelihood sees of a model; the plain one, and guidance of any."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
@@ -228,6 +229,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             weight.requires_grad_()
         for part in training:
             part.training = True
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]], salt: bytes = b"") -> str:
+    """A digest of tensors and their names, in single precision."""
+    digest = hashlib.sha256(salt)
+    for name, value in sorted(tensors, key=lambda pair: pair[0]):
+        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def working_dtype(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:

@@ -25,7 +25,8 @@ def preset_fields(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise UserError(f"unknown preset {shown(name)}; {nearest(name, preset_names())}")
     fields = yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)
-    return _extended({key: value for key, value in fields.items() if key != "about"} | {"preset": name})
+    own = {key: value for key, value in fields.items() if key not in ("about", "extends")}
+    return _on(fields.get("extends"), own | {"preset": name})
 
 
 def preset_about(name: str) -> dict[str, str]:
@@ -33,9 +34,8 @@ def preset_about(name: str) -> dict[str, str]:
     return yaml.load((_PRESETS / f"{name}.yaml").read_text(encoding="utf-8"), _Loader)["about"]
 
 
-def _extended(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields laid on those of the preset that their key ``extends`` names."""
-    parent = fields.pop("extends", None)
+def _on(parent: str | None, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields laid on those of a preset, if any."""
     return fields if parent is None else merge(preset_fields(parent), fields)
 
 
@@ -51,10 +51,9 @@ def file_fields(path: str | Path, alone: bool = False) -> dict[str, Any]:
         raise UserError(f"{path}{place}: not valid YAML ({' '.join(str(problem).split())})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a configuration holds fields with values, such as 'train: {{steps: 1000}}'")
-    parts = fields.get("train")
-    complete = isinstance(parts, dict) and TrainConfig.__dataclass_fields__.keys() <= parts.keys()
-    parent = {"extends": None} if alone else {} if complete else {"extends": fields.get("preset")}
-    return _extended(fields | parent if alone else parent | fields)
+    train, extends = fields.get("train"), fields.pop("extends", None)
+    complete = isinstance(train, dict) and TrainConfig.__dataclass_fields__.keys() <= train.keys()
+    return fields if alone else _on(extends or (None if complete else fields.get("preset")), fields)
 
 
 def flag_fields(flags: Iterable[tuple[str, str]]) -> dict[str, Any]:

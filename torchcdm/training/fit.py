@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchcdm.data import DataOptions, DataSource, from_object, load_data, spec_of
 from torchcdm.diffusion.start import FIELDS
 from torchcdm.errors import UserError, nearest, reason, warn
-from torchcdm.models.cdm import ClassificationDiffusion
+from torchcdm.models.cdm import ClassificationDiffusion, log_shares
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.processes import progress_bar, several
 from torchcdm.runtime.validation import encode, read_as
@@ -141,11 +141,10 @@ def train(
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     if getattr(model, "joint", False) and source.classes is not None:
         # The loss is that of (class, level): with another prior p(x|y) would learn the difference.
-        frequencies, before = class_frequencies(source).to(model.log_class_prior), model.log_class_prior.exp()
-        frequencies = frequencies / frequencies.sum()
-        if len(before.unique()) > 1 and not torch.allclose(before, frequencies, atol=0.01):
+        prior, before = log_shares(class_frequencies(source)).to(model.log_class_prior), model.log_class_prior
+        if len(before.unique()) > 1 and not torch.allclose(before.exp(), prior.exp(), atol=0.01):
             warn("train: the class_prior of the model gives way to the frequencies of the labels")
-        model.log_class_prior.copy_(frequencies.log())
+        before.copy_(prior)
     source = replace(source, transform=copy.deepcopy(model.transform).cpu())  # batches are made on the CPU
     config = replace(config, model=settings, data=replace(config.data, gaussianize=False))
     return trained(config, source, device, progress, out=out, resume=resume, model=model)

@@ -119,11 +119,6 @@ def _alone(texts: np.ndarray, kind: Kind, way: Thousands | bool) -> np.ndarray:
     return np.array([100.0 * month + day if month <= 12 else np.nan for month, day in pairs])
 
 
-def readings(kind: Kind, cells: Series, thousands: Thousands, day_first: bool) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`days_of` a column of dates, :func:`numbers_of` one of numbers."""
-    return days_of(cells, day_first) if kind == "date" else numbers_of(cells, thousands)
-
-
 def numbers_of(cells: Series, thousands: Thousands = ",") -> tuple[np.ndarray, np.ndarray]:
     """Cells as numbers, float64, nan where they are none; and which are missing. ``thousands`` says what the texts
     ``1,234`` and ``1.234`` are; one that can be read in one way alone, such as ``1.234,5``, is read so."""

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from torchcdm.errors import UserError
 from torchcdm.runtime.validation import CountOrZero, Float, Positive, validated
-from torchcdm.units.cells import MOSTLY, Kind, Thousands, kind_of, misspelled, readings, spelling, texts_of, unreadable
+from torchcdm.units.cells import (
+    MOSTLY,
+    Kind,
+    Thousands,
+    days_of,
+    kind_of,
+    misspelled,
+    numbers_of,
+    spelling,
+    texts_of,
+    unreadable,
+)
 from torchcdm.units.frames import SHOWN, by_place, listed, note_down, noted, numbers_rows
 from torchcdm.units.lattice import Cells, cell_width, discrete_values, frequent_values
 
@@ -87,7 +98,7 @@ class Column:
 
     def read(self, cells: Series) -> tuple[np.ndarray, np.ndarray]:
         """Cells as numbers or dates, float64, nan where they are none, and which are missing."""
-        return readings(self.kind, cells, self.thousands, self.day_first)
+        return days_of(cells, self.day_first) if self.kind == "date" else numbers_of(cells, self.thousands)
 
     def misread(self, cells: Series) -> str:
         """What is wrong where cells show that numbers or dates are written otherwise than in training."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torchcdm.apps.anomaly.scores import SCORES, Fitted, as_samples, coarse_leve
 from torchcdm.data import MemorySplit, spec_of
 from torchcdm.data.folders import SPLIT_NAMES
 from torchcdm.errors import UserError, nearest, warn
-from torchcdm.models.denoiser import Denoiser
+from torchcdm.models.denoiser import Denoiser, digest_of
 from torchcdm.models.density import require_density
 from torchcdm.random import stream
 from torchcdm.runtime.artefact import damaged, read_artefact, write_artefact
@@ -173,11 +172,9 @@ class AnomalyDetector:
 
     def _digest(self) -> str:
         """A digest of the tensors that the models' densities are made of, in single precision."""
-        digest = hashlib.sha256(b"posteriors" if self.models[0].joint else b"")
-        for model in self.models:
-            for name, value in sorted(model.state_dict().items()):
-                digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        states = [model.state_dict() for model in self.models]
+        parts = ((f"{k}.{name}", value) for k, state in enumerate(states) for name, value in state.items())
+        return digest_of(parts, b"posteriors" if self.models[0].joint else b"")
 
 
 def _table(model: Denoiser) -> TableEncoding | None:
