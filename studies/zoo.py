@@ -13,7 +13,7 @@ from torchcdm.bridges.hub import model_card
 from torchcdm.errors import UserError
 from torchcdm.likelihood.log_z import read_log_z, weights_of, write_log_z
 from torchcdm.runtime.files import write_file
-from torchcdm.training.checkpoint import load, read_info, save_model
+from torchcdm.training.checkpoint import load, read_info, save_curvatures, save_model
 from torchcdm.training.config_files import make_config, preset_fields
 from torchcdm.training.loop import train
 from torchcdm.training.run_folder import RunFolder
@@ -108,6 +108,8 @@ def make(name: str, run: Path, home: Path) -> str:
     report = json.loads(folder.report.read_text(encoding="utf-8"))
     model = load(run)
     save_model(RunFolder(home), model, info)
+    model.sample(1)  # finds where steps lie
+    save_curvatures(RunFolder(home), model)
     log_z = read_log_z(run)
     if log_z is not None:  # of a larger model: cdm nll RUN --methods logz, then this once more
         write_log_z(home, log_z, weights_of(home))

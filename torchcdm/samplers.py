@@ -21,6 +21,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from torchcdm.diffusion.prediction import Prediction
+from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError, nearest
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.random import stream
@@ -325,49 +326,82 @@ def pilot_labels(y: Tensor | None) -> Tensor | None:
     return known[torch.arange(PILOTS, device=y.device) * max(1, len(known) // PILOTS) % len(known)]
 
 
+@dataclass(frozen=True)
+class Curvature:
+    """How the trajectories of a model bend, from which steps are placed (GITS, arXiv 2405.11326).
+
+    Attributes:
+        errors: Of one DDIM step from the i-th fine level to the j-th, level 0 the last, in units of the spread of x at
+            its end, float32 (K+1, K+1); infinite for j <= i.
+        first: Which fine level steps begin at.
+        variance: Of the data per value, model units.
+    """
+
+    errors: Tensor
+    first: int
+    variance: float
+
+    @classmethod
+    def of(cls, denoiser: Denoiser, shape: Sequence[int], y: Tensor | None = None) -> "Curvature":
+        """From ``PILOTS`` trajectories of event ``shape`` that are solved in ``FINE`` steps, an evaluation each.
+
+        ``y`` are classes or contexts asked for, (n, ...), which share them.
+        """
+        schedule = denoiser.schedule
+        fine = schedule.time_grid(min(FINE, schedule.T))
+        dtype = working_dtype(denoiser, torch.float32)
+        noise = torch.randn(PILOTS, *shape, generator=stream(0, "pilots"), dtype=dtype)
+        rule, y, previous, points, noises = DEIS(3), pilot_labels(y), (), [], []
+        with evaluation_mode(denoiser), torch.no_grad():
+            x = denoiser.start(noise.to(schedule.alpha.device))
+            for t, s in pairwise([*fine, 0]):
+                points.append(x / schedule.at(t, x)[0])
+                x, previous = rule.step(Step(denoiser, x, t, s, y, previous=previous))
+                noises.append(previous[0][1].eps)
+            first = coarse_levels(denoiser, fine, noise.to(x), y)
+        u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
+        r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
+        spread = u.std(1).square().mean(1).sqrt()
+        errors = torch.full((count, count), torch.inf)
+        for i in range(count - 1):
+            reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
+            error = (reached - u[i + 1 :]).square().mean((1, 2)).sqrt()
+            errors[i, i + 1 :] = (error / spread[i + 1 :]).cpu()
+        return cls(errors, first, float(spread[-1]) ** 2)
+
+    def levels(self, steps: int, schedule: NoiseSchedule, weight: float = 0.0) -> list[int]:
+        """The levels of ``steps`` steps that leave the curved parts short, as of :func:`adaptive_levels`.
+
+        The cost of a step is its error times r at its start to the power ``weight``; dynamic programming finds the
+        steps of least total cost.
+        """
+        fine = schedule.time_grid(len(self.errors) - 1)
+        if steps >= len(fine) - self.first:
+            return [*schedule.time_grid(min(steps, fine[self.first]), fine[self.first]), 0]
+        cost = self.errors.clone()
+        cost[:-1] *= schedule.ratio[fine].to(cost)[:, None] ** weight
+        best, choices = cost[self.first], []
+        for _ in range(steps - 1):
+            best, choice = (best[:, None] + cost).min(0)
+            choices.append(choice)
+        path = [len(fine)]
+        for choice in reversed(choices):
+            path.append(int(choice[path[-1]]))
+        return [[*fine, 0][k] for k in (self.first, *reversed(path))]
+
+
 def adaptive_levels(
     denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None, weight: float = 0.0
 ) -> tuple[list[int], float]:
-    """The levels of ``steps`` steps that leave the curved parts of trajectories short (GITS, arXiv 2405.11326), and
-    the variance of the data per value, in model units.
+    """Levels that suit a denoiser, and the variance of its data per value, in model units; see :class:`Curvature`.
 
-    A few trajectories are solved finely. The cost of a step is the error of one DDIM step between two of their points,
-    in units of the spread of x at its end, times r at its start to the power ``weight``. Dynamic programming finds the
-    steps of least total cost. It takes ``FINE`` evaluations of ``PILOTS`` samples of event ``shape``. The same
-    model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0, or from a lower start
-    of a denoiser with coarse data, see :func:`coarse_levels`; evenly spaced ones where more are asked for than there
-    are fine ones, and all where there are fewer from the start on. ``y`` are classes or contexts asked for, (n, ...).
+    The same model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0, or from a
+    lower start of a denoiser with coarse data, see :func:`coarse_levels`; evenly spaced ones where more are asked for
+    than there are fine ones, and all where there are fewer from the start on. A step's error is weighed by r at its
+    start to the power ``weight``. ``y`` are classes or contexts asked for, (n, ...), of event ``shape``.
     """
-    schedule = denoiser.schedule
-    fine = schedule.time_grid(min(FINE, schedule.T))
-    noise = torch.randn(PILOTS, *shape, generator=stream(0, "pilots"), dtype=working_dtype(denoiser, torch.float32))
-    rule, y, previous, points, noises = DEIS(3), pilot_labels(y), (), [], []
-    with evaluation_mode(denoiser), torch.no_grad():
-        x = denoiser.start(noise.to(schedule.alpha.device))
-        for t, s in pairwise([*fine, 0]):
-            points.append(x / schedule.at(t, x)[0])
-            x, previous = rule.step(Step(denoiser, x, t, s, y, previous=previous))
-            noises.append(previous[0][1].eps)
-        first = coarse_levels(denoiser, fine, noise.to(x), y)
-    u, eps = torch.stack([*points, x]).flatten(2), torch.stack(noises).flatten(2)
-    r, count = schedule.ratio[[*fine, 0]].to(u), len(fine) + 1
-    spread = u.std(1).square().mean(1).sqrt()
-    variance = float(spread[-1]) ** 2
-    if steps >= len(fine) - first:
-        return [*schedule.time_grid(min(steps, fine[first]), fine[first]), 0], variance
-    cost = torch.full((count, count), torch.inf)
-    for i in range(count - 1):
-        reached = u[i] - (r[i] - r[i + 1 :, None, None]) * eps[i]
-        error = (reached - u[i + 1 :]).square().mean((1, 2)).sqrt()
-        cost[i, i + 1 :] = (error * r[i] ** weight / spread[i + 1 :]).cpu()
-    best, choices = cost[first], []
-    for _ in range(steps - 1):
-        best, choice = (best[:, None] + cost).min(0)
-        choices.append(choice)
-    path = [count - 1]
-    for choice in reversed(choices):
-        path.append(int(choice[path[-1]]))
-    return [[*fine, 0][k] for k in (first, *reversed(path))], variance
+    found = Curvature.of(denoiser, shape, y)
+    return found.levels(steps, denoiser.schedule, weight), found.variance
 
 
 def coarse_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y: Tensor | None) -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from cdm_calls import refuse, succeed
 from PIL import Image
 
 from torchcdm.training.checkpoint import load
+from torchcdm.training.run_folder import RunFolder
 
 
 def test_sampling_again_gives_the_same_files(capsys, tmp_path, run):
@@ -27,6 +29,21 @@ def test_sampling_again_gives_the_same_files(capsys, tmp_path, run):
     x = np.load(tmp_path / "a" / "samples.npz")["x"]
     assert x.shape == (3, 1, 8, 8) and x.dtype == np.uint8 and x.max() <= 16
     assert np.asarray(Image.open(tmp_path / "a" / names[0])).tolist() == np.round(x[0, 0] * 255.0 / 16).tolist()
+
+
+def test_steps_are_placed_once_for_a_run(capsys, tmp_path, run):
+    """A run of its own keeps where they lie; one that others write to, or that nobody may, samples all the same."""
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("curvatures*"))
+    words = ["sample", copy, "--n", "3", "--steps", "4", "--quiet", "--out"]
+    with RunFolder(copy).locked():
+        succeed(capsys, *words, tmp_path / "a")
+    assert not load(copy).curvatures
+    succeed(capsys, *words, tmp_path / "b")
+    kept = load(copy).curvatures
+    sheets = [(tmp_path / name / "samples.png").read_bytes() for name in ("a", "b")]
+    assert len(kept) == 1 and sheets[0] == sheets[1]
+    succeed(capsys, *words, tmp_path / "c", "--sampler", "ddpm", "--spacing", "adaptive")
+    assert load(copy).curvatures.keys() == kept.keys()
 
 
 def test_samples_of_a_class(capsys, tmp_path, conditional):

@@ -295,7 +295,7 @@ def test_adaptive_steps_are_those_of_model_and_classes():
     assert one != other
 
 
-def test_placed_steps_are_kept_until_the_weights_or_the_request_are_others():
+def test_trajectories_are_kept_until_the_weights_or_the_classes_are_others():
     model, seen = ClassificationDiffusion(MLP(2, 42, 8, 1, classes=2), CosineSchedule(40)), []
     model.backbone.register_forward_hook(lambda *_: seen.append(1))
     options = {"sampler": "ddpm", "steps": 7, "shape": (2,), "spacing": "adaptive"}
@@ -308,15 +308,16 @@ def test_placed_steps_are_kept_until_the_weights_or_the_request_are_others():
     assert torch.equal(first, again) and (cost, less) == (7 + 40, 7)
     assert [passes(y=y)[1] for y in (0, 1, 0, 1)] == [47, 47, 7, 7]
     assert [passes(y=0, guidance=1.0)[1] for _ in range(2)] == [94, 14]
-    assert [passes(steps=9)[1], passes()[1]] == [49, 7]
+    # Any number of steps, and any sampler, from the same trajectories.
+    assert [passes(steps=9)[1], passes(sampler="ddim")[1], passes()[1]] == [9, 7, 7]
     for weights in model.parameters():
         weights.data += 0.01
     assert [passes()[1], passes()[1]] == [47, 7]
     weights.data += torch.linspace(-1, 1, weights.numel()).view_as(weights)  # of the same sum
     assert [passes()[1], passes()[1]] == [47, 7]
-    for steps in range(2, 20):
-        passes(steps=steps)
-    assert len(model.placed) == 16
+    for k in range(20):
+        passes(y=0, guidance=k / 10)
+    assert len(model.curvatures) == 16
 
 
 def test_by_default_columns_of_vectors_keep_their_deviations():

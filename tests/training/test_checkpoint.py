@@ -12,7 +12,7 @@ from small_runs import small_config
 
 from torchcdm.errors import UserError
 from torchcdm.models.cdm import ClassificationDiffusion
-from torchcdm.runtime.artefact import write_artefact
+from torchcdm.runtime.artefact import read_artefact, write_artefact
 from torchcdm.runtime.files import TEMPORARY, write_json
 from torchcdm.runtime.validation import encode
 from torchcdm.training.build import load_source, new_model, resolve
@@ -71,6 +71,33 @@ def test_a_loaded_model_gives_the_same_bits(tmp_path, source, labels):
     z = source.transform(x.float())
     assert torch.equal(again.denoise(z, 7, y).eps, model.denoise(z, 7, y).eps)
     assert read_info(run.root).class_names == source.class_names
+
+
+def test_placed_steps_lie_beside_the_model(tmp_path, source):
+    """A loaded model needs no trajectories, unless the file is of other weights or does not fit."""
+    model, seen, run = load(saved(tmp_path, source)[0].root), [], RunFolder(tmp_path / "copy")
+    x = model.sample(2, steps=3)
+    model.save(run.root)
+
+    def passes(change=lambda model: None):
+        loaded = load(run.root)
+        change(loaded)
+        loaded.backbone.register_forward_hook(lambda *_: seen.append(1))
+        seen.clear()
+        assert loaded.sample(2, steps=3).shape == x.shape
+        return len(seen)
+
+    assert torch.equal(load(run.root).sample(2, steps=3), x) and passes() == 3
+    assert passes(lambda model: next(model.backbone.parameters()).add_(0.01)) > 3
+    content, (tensors,) = read_artefact(run.curvatures, "curvatures", None)
+    for damage in ({"first": dict.fromkeys(tensors, 1e9)}, {"first": {}}, {"first": dict.fromkeys(tensors, "x")}):
+        write_artefact(run.curvatures, "curvatures", content | damage, {"curvatures.safetensors": tensors})
+        assert passes() > 3
+    part = {key: value[1:] for key, value in tensors.items()}
+    write_artefact(run.curvatures, "curvatures", content, {"curvatures.safetensors": part})
+    assert passes() > 3
+    run.curvatures.write_text("{")
+    assert passes() > 3
 
 
 def test_a_ladder_and_the_absence_of_a_gaussian_survive(tmp_path):

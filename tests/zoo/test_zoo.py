@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import torchcdm
 from torchcdm.cli import main
@@ -48,6 +49,16 @@ def test_log_z_that_ships_normalises(name):
     if classes:  # bounds take the upper ends of their intervals
         values = [value * found.dim * math.log(2) for value, _ in classes]
         assert all(end > value for end, value in zip(found.restricted.log_z.tolist(), values, strict=True))
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist-conditional"])
+def test_trajectories_that_ship_are_those_of_the_model(name):
+    model = torchcdm.load(f"zoo:{name}")
+    ((key, kept),) = model.curvatures.items()
+    model.curvatures = {}
+    model.sample(1)
+    assert list(model.curvatures) == [key] and model.curvatures[key].first == kept.first
+    assert torch.allclose(model.curvatures[key].errors, kept.errors, rtol=0.01)
 
 
 def test_commands_take_the_names(tmp_path, capsys):

@@ -27,7 +27,7 @@ ROWS = {
 
 
 def push(model: str | Path | Denoiser, repository: str, private: bool = False) -> str:
-    """Uploads weights, settings, a card, and log Z where ``cdm nll`` has kept it; see ``hf auth login``.
+    """Uploads weights, settings, a card, and log Z and placed steps where they are kept; see ``hf auth login``.
 
     Paths of the data that the model was trained on, and of the code of a network, are cut to their last part. Gives
     the address. UserError for a wrong name, a model that cannot be saved, or a Hub that refuses it.

@@ -1,6 +1,8 @@
 """``cdm sample`` and ``cdm restore``."""
 
 import argparse
+import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -17,8 +19,9 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import check_output_folder, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
 from torchcdm.runtime.validation import Positive, read_as
-from torchcdm.training.checkpoint import load, read_info
+from torchcdm.training.checkpoint import load, read_info, save_curvatures
 from torchcdm.training.finish import balanced_labels, draw
+from torchcdm.training.run_folder import RunFolder
 
 SAMPLING = ("sampler", "steps", "guidance", "corrector", "spacing", "particles")  # go to the sampler as they are
 
@@ -34,6 +37,7 @@ def sample(options: argparse.Namespace) -> None:
         check_no_more(out, options.n)
     with sharing(options.device) as (device, main):
         model = load(options.model, device)
+        kept = set(model.curvatures)
         # The classes of the model by number and by name.
         known = {str(k): k for k in range(model.classes or 0)}
         names = {name: k for k, name in enumerate(info.class_names or ())} if known else {}
@@ -46,6 +50,10 @@ def sample(options: argparse.Namespace) -> None:
         target = _composed(model, known, options)
         how = {name: getattr(options, name) for name in SAMPLING}
         found, log_p = draw(target, options.n, y, options.seed, progress=main and not options.quiet, **how)
+        if main and model.curvatures.keys() - kept and os.path.isdir(options.model):  # not of the zoo or the Hub
+            run = RunFolder(options.model)
+            with suppress(UserError), run.locked():  # not while others write there, nor where nobody may
+                save_curvatures(run, model)
     if not main:
         return
     y = found.y if y is None else y

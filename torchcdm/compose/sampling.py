@@ -29,10 +29,10 @@ from torchcdm.models.inputs import as_labels
 from torchcdm.random import derive, stream
 from torchcdm.runtime.processes import alone, gathered, labels_of, map_rows, memory_kept, progress_bar, share
 from torchcdm.runtime.validation import Count, CountOrZero, Float, Seed, Share, checked, shown
-from torchcdm.samplers import PILOTS, Sampler, Step, adaptive_levels, make_sampler, pilot_labels
+from torchcdm.samplers import PILOTS, Curvature, Sampler, Step, make_sampler, pilot_labels
 
 STEPS = 25  # by default
-MOST_PLACED = 16  # requests whose placed steps a model keeps
+MOST_KEPT = 16  # requests whose curvature a model keeps
 SAMPLER, OF_VECTORS = "sa2", "dpm++"  # of images, and of vectors, whose columns may differ much in their deviations
 WITH_MOVES = "ddpm"  # of steps with a move after each, after which a multistep rule has no history
 ISLANDS = 8  # populations at most
@@ -167,12 +167,13 @@ def sample(
     moves = _Moves(model, guidance, corrector, seed) if corrector else None
     path = [*model.schedule.time_grid(steps), 0]
     if (spacing or rule.spacing) == "adaptive":
-        path, variance = _placed(model, guidance, denoiser, steps, shape, asked, rule.weight)
+        curvature = _curvature(model, guidance, denoiser, shape, asked)
+        path = curvature.levels(steps, model.schedule, rule.weight)
         if asked_steps and len(path) <= steps:
             warn(f"{len(path) - 1} steps, not {steps}: no more levels lie below {path[0]}, where placed steps begin; "
                  "spacing 'even' begins at level T")  # fmt: skip
         steps = len(path) - 1
-        rule = rule.suited(variance)
+        rule = rule.suited(curvature.variance)
         if moves is None and not rule.stochastic and model.density is not None and model.coarse is not None:
             denoiser = LevelReader(model.density, guidance)
     if moves is not None:
@@ -189,19 +190,18 @@ def sample(
     return Draws(x, float(n), y=None if labels is None else labels.cpu(), **known)
 
 
-def _placed(
-    model: Denoiser, guidance: float, denoiser: Denoiser, steps: int, shape: tuple[int, ...], y: Tensor | None,
-    weight: float,
-) -> tuple[list[int], float]:  # fmt: skip
-    """As :func:`adaptive_levels`, kept with the model: found anew for other weights, or another request."""
+def _curvature(
+    model: Denoiser, guidance: float, denoiser: Denoiser, shape: tuple[int, ...], y: Tensor | None
+) -> Curvature:
+    """How the ``denoiser`` of a model bends, kept with that: found anew for other weights, or another request."""
     if model.composed or isinstance(model, GuidedDenoiser):  # of what no tensor says
-        return adaptive_levels(denoiser, steps, shape, y, weight)
-    pilots = None if y is None else tuple(pilot_labels(y).flatten().tolist())
-    key = guidance, steps, shape, pilots, weight, digest_of((*model.named_parameters(), *model.named_buffers()))
-    if key not in model.placed:
-        model.placed = dict(list(model.placed.items())[1 - MOST_PLACED :])
-        model.placed[key] = adaptive_levels(denoiser, steps, shape, y, weight)
-    return model.placed[key]
+        return Curvature.of(denoiser, shape, y)
+    asked = repr((guidance, shape, None if y is None else pilot_labels(y).flatten().tolist()))
+    key = digest_of((*model.named_parameters(), *model.named_buffers()), asked.encode())
+    if key not in model.curvatures:
+        model.curvatures = dict(list(model.curvatures.items())[1 - MOST_KEPT :])
+        model.curvatures[key] = Curvature.of(denoiser, shape, y)
+    return model.curvatures[key]
 
 
 Moved = Callable[[Tensor, int, slice, Tensor | None], Prediction | None]

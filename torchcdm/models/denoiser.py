@@ -23,6 +23,7 @@ from torchcdm.units import DataTransform
 
 if TYPE_CHECKING:
     from torchcdm.models.density import DensityModel
+    from torchcdm.samplers import Curvature
     from torchcdm.training.checkpoint import ModelInfo
 
 
@@ -35,7 +36,7 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         info: What is saved beside the weights of a model that was loaded or trained; None for one made by hand.
         coarse: The data along their main directions, from which samplers start below T; of images.
-        placed: The steps that :func:`torchcdm.sample` has placed for the weights as they are, by what was asked for;
+        curvatures: From what :func:`torchcdm.sample` places steps, by weights and request; saved with the model, and
             to be emptied where something else in a network of one's own has changed.
         composed: Whether its levels are not those of data with noise: samplers alone are biased.
     """
@@ -53,7 +54,7 @@ class Denoiser(nn.Module, ABC):
             raise UserError(f"schedule is of type {type(schedule).__name__}; give the network, then a NoiseSchedule")
         self.schedule, self.transform, self.backbone, self.base = schedule, transform, backbone, base
         self.coarse: CoarseData | None = None
-        self.placed: dict[Any, tuple[list[int], float]] = {}
+        self.curvatures: dict[str, Curvature] = {}
 
     @property
     def shape(self) -> tuple[int, ...] | None:

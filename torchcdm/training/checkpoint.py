@@ -23,6 +23,7 @@ from torchcdm.runtime.artefact import MEND, damaged, read_artefact, write_artefa
 from torchcdm.runtime.files import TEMPORARY, flush_folder, writing
 from torchcdm.runtime.processes import chosen_device
 from torchcdm.runtime.validation import CountOrZero, Float, NotNegative, encode, validated
+from torchcdm.samplers import FINE, Curvature
 from torchcdm.training.build import build_backbone, build_model, config_of, imported
 from torchcdm.training.config_files import differences
 from torchcdm.training.evaluation import Best
@@ -115,6 +116,25 @@ def save_model(run: RunFolder, model: Denoiser, info: ModelInfo, **others: Mappi
     write_artefact(run.model_info, KINDS[info.estimator is not None], encode(info), tensors)
 
 
+def save_curvatures(run: RunFolder, model: Denoiser) -> None:
+    """Keeps beside a model how its trajectories bend, so that its next samplers need not find it again."""
+    if found := model.curvatures:
+        plain = {name: {key: getattr(one, name) for key, one in found.items()} for name in ("first", "variance")}
+        errors = {key: one.errors for key, one in found.items()}
+        write_artefact(run.curvatures, "curvatures", plain, {"curvatures.safetensors": errors})
+
+
+def _load_curvatures(run: RunFolder, T: int) -> dict[str, Curvature]:
+    """What :func:`save_curvatures` kept; nothing where it is missing, damaged or does not fit: it is found again."""
+    with suppress(UserError, KeyError, ValueError):
+        plain, (errors,) = read_artefact(run.curvatures, "curvatures", None, dict[str, dict[str, Float]])
+        first, variance, K = plain["first"], plain["variance"], min(FINE, T)
+        found = {key: Curvature(part, int(first[key]), variance[key]) for key, part in errors.items()}
+        if all(one.errors.shape == (K + 1, K + 1) and 0 <= one.first < K for one in found.values()):
+            return found
+    return {}
+
+
 def say_where(run: RunFolder, data: DataOptions) -> None:
     """Says in ``config.json`` of a kept model where the data of its training are now, if that is not what it says."""
     if read_info(run.root).data.spec != data.spec:
@@ -139,6 +159,7 @@ def save(model: Denoiser, path: str | Path, info: ModelInfo | None = None, **oth
         raise UserError(f"{path}: holds a training; choose another folder")
     with run.locked():
         save_model(run, model, info or model.info or info_of(model), **others)
+        save_curvatures(run, model)
 
 
 def info_of(model: Denoiser) -> ModelInfo:
@@ -201,7 +222,7 @@ def load(
     if "coarse.means" in tensors:
         model.coarse = CoarseData.blank(info.transform.dim, model.classes or 0)
     _fill(model, tensors, folder.model, f"give the trained {network.module}" if network.name == "custom" else MEND)
-    model.info = info
+    model.info, model.curvatures = info, _load_curvatures(folder, model.schedule.T)
     return model.eval().requires_grad_(False).to(chosen_device(device))
 
 

@@ -31,6 +31,7 @@ from torchcdm.models.denoiser import Denoiser
 from torchcdm.networks.heads import from_zero
 from torchcdm.runtime.processes import labels_of, progress_bar
 from torchcdm.training.build import choose_base, fit_gaussian
+from torchcdm.training.checkpoint import save_curvatures
 from torchcdm.training.evaluation import at_all_levels, labels_for
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config, SamplingConfig
@@ -64,6 +65,7 @@ def save_samples(
     guidance = 0.0 if y is None else config.sampling.guidance
     options = sampling_options(model, config.sampling)
     found, log_p = draw(model, n, y, seed, guidance=guidance, progress=progress, **options)
+    save_curvatures(run, model)
     classes = in_words(y, source.class_names)
     save_manifest(run.samples / "manifest.csv", seed, classes, log_p, n)
     return save_sheet(found.x, run.samples / name, model.transform, config.data.label, classes)

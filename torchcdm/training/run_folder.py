@@ -24,6 +24,7 @@ class RunFolder:
         self.config = root / "config.yaml"
         self.model = root / "model.safetensors"
         self.model_info = root / "config.json"
+        self.curvatures = root / "curvatures.json"
         self.states = root / "state"
         self.metrics = root / "metrics.jsonl"
         self.samples = root / "samples"

@@ -9,7 +9,8 @@ HOME = Path(__file__).parent
 CARD = "card.md"  # what a model of the zoo is, what it was trained on, and what it reaches
 
 # All that is read of a repository on the Hugging Face Hub: numbers and text, never code.
-HUB_FILES = ["config.json", "model.safetensors", "log_z.json", "log_z.safetensors", "README.md"]
+HUB_FILES = ["config.json", "model.safetensors", "README.md"]
+HUB_FILES += [f"{part}.{kind}" for part in ("log_z", "curvatures") for kind in ("json", "safetensors")]
 
 
 def names() -> list[str]:
