@@ -7,6 +7,7 @@ from torch import nn
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import CosineSchedule
 from torchcdm.models.denoiser import Denoiser
+from torchcdm.samplers import Curvature
 
 
 class GaussianDenoiser(Denoiser):
@@ -53,3 +54,7 @@ class MixtureDenoiser(Denoiser):
 
 def mixture_model(schedule=None, **options):
     return MixtureDenoiser(labelled_mixture(), schedule or CosineSchedule(100), **options)
+
+
+def placed_levels(denoiser, steps, shape, y=None, weight=0.0):
+    return Curvature.of(denoiser, shape, y).levels(steps, denoiser.schedule, weight)

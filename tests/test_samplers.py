@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from denoisers import GaussianDenoiser
+from denoisers import GaussianDenoiser, placed_levels
 from oracles import SCHEDULES, normal
 from torch import nn
 
@@ -26,7 +26,6 @@ from torchcdm.samplers import (
     SASolver,
     Step,
     UniPC,
-    adaptive_levels,
     make_sampler,
 )
 from torchcdm.training.checkpoint import load
@@ -256,7 +255,7 @@ def test_measured_order_of_the_moments_of_random_samplers(sampler, order):
 def test_deviation_that_25_placed_steps_leave_of_a_gaussian(sampler, expected):
     # Numbers of docs/results/pictures.md: much noise keeps the deviation better where the line is not in log r.
     denoiser = GaussianDenoiser(CosineSchedule(200), [0.2], [1.0])
-    levels, _ = adaptive_levels(denoiser, 25, (1,), weight=make_sampler(sampler).weight)
+    levels = placed_levels(denoiser, 25, (1,), weight=make_sampler(sampler).weight)
     found = chain_moments(denoiser, levels, sampler)[1]
     assert found == pytest.approx(expected, abs=0.005)
 
@@ -413,7 +412,7 @@ def test_adaptive_steps_follow_the_flow_better(schedule_name):
     x, errors = normal(256, 3), {}
     for spacing, path in {
         "even": [*denoiser.schedule.time_grid(8), 0],
-        "adaptive": adaptive_levels(denoiser, 8, (3,))[0],
+        "adaptive": placed_levels(denoiser, 8, (3,)),
     }.items():
         assert len(path) == 9 and path[0] == 200 and path[-1] == 0
         errors[spacing] = (run(denoiser, "ddim", path, x)[-1] - denoiser.flow(x, 200, 0)).square().mean().sqrt()
@@ -422,5 +421,5 @@ def test_adaptive_steps_follow_the_flow_better(schedule_name):
 
 def test_a_weight_places_more_steps_at_much_noise():
     denoiser = GaussianDenoiser(CosineSchedule(200), [0.7, -1.0, 0.2], [0.25, 2.0, 0.01])
-    plain, weighted = (adaptive_levels(denoiser, 8, (3,), weight=weight)[0] for weight in (0.0, 0.5))
+    plain, weighted = (placed_levels(denoiser, 8, (3,), weight=weight) for weight in (0.0, 0.5))
     assert plain != weighted and all(a <= b for a, b in zip(plain, weighted, strict=True))

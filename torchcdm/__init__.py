@@ -14,24 +14,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from torchcdm import compose as compose
-    from torchcdm import estimators as estimators
-    from torchcdm import likelihood as likelihood
-    from torchcdm import samplers as samplers
-    from torchcdm.apps.ratio import DensityRatio as DensityRatio
-    from torchcdm.apps.ratio import mutual_information as mutual_information
-    from torchcdm.apps.ratio import two_sample_test as two_sample_test
+    from torchcdm import compose as compose, estimators as estimators, likelihood as likelihood, samplers as samplers
+    from torchcdm.apps.ratio import (
+        DensityRatio as DensityRatio,
+        mutual_information as mutual_information,
+        two_sample_test as two_sample_test,
+    )
     from torchcdm.bridges.hub import push as push
     from torchcdm.compose import sample as sample
     from torchcdm.errors import UserError as UserError
     from torchcdm.models.cdm import ClassificationDiffusion as ClassificationDiffusion
-    from torchcdm.models.denoiser import Denoiser as Denoiser
-    from torchcdm.models.denoiser import DenoisingDiffusion as DenoisingDiffusion
+    from torchcdm.models.denoiser import Denoiser as Denoiser, DenoisingDiffusion as DenoisingDiffusion
     from torchcdm.models.density import DensityModel as DensityModel
-    from torchcdm.training.checkpoint import load as load
-    from torchcdm.training.checkpoint import save as save
-    from torchcdm.training.fit import fit as fit
-    from torchcdm.training.fit import train as train
+    from torchcdm.training.checkpoint import load as load, save as save
+    from torchcdm.training.fit import fit as fit, train as train
 
 _HOMES = {
     "ClassificationDiffusion": "models.cdm", "Denoiser": "models.denoiser", "DenoisingDiffusion": "models.denoiser",

@@ -34,21 +34,16 @@ Time = Callable[[Tensor], Tensor]  # function of r in which a polynomial is
 
 @dataclass(frozen=True)
 class Step:
-    """One step, from x_t (B, *shape), model units, at level t, 1 ... T, to level s, 0 ... t - 1.
-
-    Of classes ``y``, long (B,), or None, with standard normal ``noise``, shape of ``x_t``, for stochastic samplers
-    alone. Multistep rules have what the step before returned, the ``previous`` levels, the latest first; ``known`` is
-    what the denoiser says of ``x_t``, where it is known already.
-    """
+    """One step from a level to a lower one."""
 
     denoiser: Denoiser
-    x_t: Tensor
-    t: int
-    s: int
-    y: Tensor | None = None
-    noise: Tensor | None = None
-    previous: tuple[Visited, ...] = ()
-    known: Prediction | None = None
+    x_t: Tensor  # (B, *shape), model units
+    t: int  # its level, 1 ... T
+    s: int  # where it goes, 0 ... t - 1
+    y: Tensor | None = None  # classes, long (B,), or None
+    noise: Tensor | None = None  # standard normal, shape of ``x_t``, for stochastic samplers alone
+    previous: tuple[Visited, ...] = ()  # what the step before returned, for multistep rules, the latest first
+    known: Prediction | None = None  # what the denoiser says of ``x_t``, where it is known already
 
 
 class Sampler(ABC):
@@ -56,7 +51,7 @@ class Sampler(ABC):
 
     evaluations: ClassVar[int] = 1  # of the denoiser in a step; the step to level 0 always takes one
     spacing: ClassVar[Literal["even", "adaptive"]] = "even"  # where the steps are, unless a caller says
-    weight: ClassVar[float] = 0.0  # power of r that weighs a step's error where steps are placed, see adaptive_levels
+    weight: ClassVar[float] = 0.0  # power of r that weighs a step's error where steps are placed, see Curvature
     stochastic: bool = False  # whether a step adds fresh noise
     memory: int = 0  # number of levels before this one that a step uses
 
@@ -328,18 +323,13 @@ def pilot_labels(y: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Curvature:
-    """How the trajectories of a model bend, from which steps are placed (GITS, arXiv 2405.11326).
+    """How the trajectories of a model bend, from which steps are placed (GITS, arXiv 2405.11326)."""
 
-    Attributes:
-        errors: Of one DDIM step from the i-th fine level to the j-th, level 0 the last, in units of the spread of x at
-            its end, float32 (K+1, K+1); infinite for j <= i.
-        first: Which fine level steps begin at.
-        variance: Of the data per value, model units.
-    """
-
+    # Of one DDIM step from the i-th fine level to the j-th, level 0 the last, in units of the spread of x at its end,
+    # float32 (K+1, K+1); infinite for j <= i.
     errors: Tensor
-    first: int
-    variance: float
+    first: int  # which fine level steps begin at
+    variance: float  # of the data per value, model units
 
     @classmethod
     def of(cls, denoiser: Denoiser, shape: Sequence[int], y: Tensor | None = None) -> "Curvature":
@@ -370,10 +360,12 @@ class Curvature:
         return cls(errors, first, float(spread[-1]) ** 2)
 
     def levels(self, steps: int, schedule: NoiseSchedule, weight: float = 0.0) -> list[int]:
-        """The levels of ``steps`` steps that leave the curved parts short, as of :func:`adaptive_levels`.
+        """Levels of ``steps`` steps that leave the curved parts short: ``steps`` + 1 of them, falling to 0 from T, or
+        from a lower start of a denoiser with coarse data, see :func:`coarse_levels`.
 
         The cost of a step is its error times r at its start to the power ``weight``; dynamic programming finds the
-        steps of least total cost.
+        steps of least total cost. Levels are evenly spaced where more are asked for than there are fine ones, and all
+        are taken where there are fewer from the start on.
         """
         fine = schedule.time_grid(len(self.errors) - 1)
         if steps >= len(fine) - self.first:
@@ -388,20 +380,6 @@ class Curvature:
         for choice in reversed(choices):
             path.append(int(choice[path[-1]]))
         return [[*fine, 0][k] for k in (self.first, *reversed(path))]
-
-
-def adaptive_levels(
-    denoiser: Denoiser, steps: int, shape: Sequence[int], y: Tensor | None = None, weight: float = 0.0
-) -> tuple[list[int], float]:
-    """Levels that suit a denoiser, and the variance of its data per value, in model units; see :class:`Curvature`.
-
-    The same model, steps and classes give the same levels: ``steps`` + 1 of them, decreasing from T to 0, or from a
-    lower start of a denoiser with coarse data, see :func:`coarse_levels`; evenly spaced ones where more are asked for
-    than there are fine ones, and all where there are fewer from the start on. A step's error is weighed by r at its
-    start to the power ``weight``. ``y`` are classes or contexts asked for, (n, ...), of event ``shape``.
-    """
-    found = Curvature.of(denoiser, shape, y)
-    return found.levels(steps, denoiser.schedule, weight), found.variance
 
 
 def coarse_levels(denoiser: Denoiser, levels: Sequence[int], noise: Tensor, y: Tensor | None) -> int:

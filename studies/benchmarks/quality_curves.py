@@ -45,7 +45,7 @@ from torchcdm.models.density import LevelReader
 from torchcdm.random import derive, evenly_spaced
 from torchcdm.runtime.artefact import read_artefact
 from torchcdm.runtime.files import write_json
-from torchcdm.samplers import Sampler, SASolver, adaptive_levels, make_sampler
+from torchcdm.samplers import Curvature, Sampler, SASolver, make_sampler
 from torchcdm.training.build import load_source
 from torchcdm.training.checkpoint import load, read_info
 from torchcdm.training.finish import balanced_labels
@@ -161,7 +161,8 @@ def cell(
         made = cost
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
-            path = adaptive_levels(model, steps, shape, y, rule.weight)[0] if spacing == "adaptive" else even
+            placed = Curvature.of(model, shape, y).levels(steps, model.schedule, rule.weight)
+            path = placed if spacing == "adaptive" else even
             moved = partial(taken, model, moves, seed)
             x = trajectories(model, options.samples, rule, path, shape, y, seed, moved=moved)
         else:

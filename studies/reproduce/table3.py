@@ -15,8 +15,7 @@ from studies.compare.denoising import FittedDenoiser
 from studies.compare.own import preset_of
 from studies.compare.peer import Training
 from studies.compare.peers import PEERS
-from studies.compare.results import PUBLISHED as WITHOUT_LIBRARY
-from studies.compare.results import Comparison
+from studies.compare.results import PUBLISHED as WITHOUT_LIBRARY, Comparison
 from studies.reproduce.models import Models
 from studies.reproduce.result import Cell, Result, Table
 from studies.reproduce.workspace import Workspace

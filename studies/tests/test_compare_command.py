@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from studies.cli import main
-from studies.compare import comparison as comparing
-from studies.compare import denoising
-from studies.compare import peers as registry
+from studies.compare import comparison as comparing, denoising, peers as registry
 from studies.compare.comparison import compare
 from studies.compare.flows import FlowModule
 from studies.compare.peers import PEERS

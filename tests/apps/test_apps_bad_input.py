@@ -3,8 +3,7 @@
 import pytest
 import torch
 from bad_tables import ALWAYS, GOOD, NUMBERS, OTHERS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from oracles import ZeroBackbone
 
 from torchcdm import ClassificationDiffusion, DensityRatio

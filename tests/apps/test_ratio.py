@@ -163,7 +163,7 @@ def test_weights_by_hand():
     far = importance_weights(np.append(np.zeros(999), 1000.0), clip=0.99)
     np.testing.assert_allclose(far, np.ones(1000))
     for clip in (0, -0.1, 1.01):
-        with pytest.raises(UserError, match=f"clip is {clip}; it is a quantile"):
+        with pytest.raises(UserError, match=f"clip is {clip}; it must be"):
             importance_weights(log_ratio, clip)
 
 

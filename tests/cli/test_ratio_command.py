@@ -94,7 +94,7 @@ def test_mistakes_are_told_before_the_training(capsys, monkeypatch, tmp_path, fi
     assert "missing.csv" in refuse(capsys, tmp_path / "missing.csv", denominator, query)
     assert "missing.csv" in refuse(capsys, numerator, denominator, tmp_path / "missing.csv")
     assert "discrete is 'drop'" in refuse(capsys, *files, "--discrete", "drop")
-    assert "clip is 2.0; it is a quantile" in refuse(capsys, *files, "--clip", "2")
+    assert "--clip is 2.0; it must be at most 1" in refuse(capsys, *files, "--clip", "2")
     assert "steps is 0" in refuse(capsys, *files, "--steps", "0")
 
 

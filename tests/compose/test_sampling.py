@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from denoisers import GaussianDenoiser, mixture_model
+from denoisers import GaussianDenoiser, mixture_model, placed_levels
 from oracles import MixtureClassifier, ZeroBackbone, covariance, labelled_mixture, normal
 from torch import nn
 
@@ -23,10 +23,10 @@ from torchcdm.networks.mlp import MLP
 from torchcdm.samplers import (
     DDIM,
     SAMPLERS,
+    Curvature,
     Heun,
     SASolver,
     Step,
-    adaptive_levels,
     make_sampler,
 )
 from torchcdm.units import DataTransform
@@ -279,19 +279,20 @@ def test_stochastic_step_without_noise_is_a_mistake():
 def test_adaptive_steps_are_those_of_model_and_classes():
     model = mixture_model()
     options = {"sampler": "ddpm", "steps": 7, "shape": (2,), "spacing": "adaptive"}
-    levels, _ = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]))
+    levels = placed_levels(model, 7, (2,), torch.tensor([0, 1]))
     y = torch.arange(50) % 2
     samples = sample(model, 50, y=y, **options)
     assert torch.equal(samples, trajectories(model, 50, make_sampler("ddpm"), levels, (2,), y))
     assert torch.allclose(samples[:9], sample(model, 9, y=y[:9], **options), atol=1e-6)
-    assert adaptive_levels(model, 100, (2,))[0] == list(range(100, -1, -1))
+    assert placed_levels(model, 100, (2,)) == list(range(100, -1, -1))
     assert torch.equal(sample(model, 3, **options | {"steps": 100}), sample(model, 3, "ddpm", 100, shape=(2,)))
-    placed, variance = adaptive_levels(model, 7, (2,), torch.tensor([0, 1]), SASolver.weight)
+    curvature = Curvature.of(model, (2,), torch.tensor([0, 1]))
+    placed = curvature.levels(7, model.schedule, SASolver.weight)
     assert placed != levels
-    there = trajectories(model, 50, SASolver(variance=variance), placed, (2,), y)
+    there = trajectories(model, 50, SASolver(variance=curvature.variance), placed, (2,), y)
     assert torch.equal(sample(model, 50, "sa2", 7, y, shape=(2,)), there)
     # Other classes have trajectories of their own.
-    one, other = (adaptive_levels(model, 7, (2,), torch.tensor([k]))[0] for k in (0, 1))
+    one, other = (placed_levels(model, 7, (2,), torch.tensor([k])) for k in (0, 1))
     assert one != other
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from denoisers import GaussianDenoiser
+from denoisers import GaussianDenoiser, placed_levels
 from oracles import SCHEDULES, normal
 from small_runs import small_config
 
@@ -13,7 +13,7 @@ from torchcdm.diffusion.coarse import POINTS, RANK, CoarseData
 from torchcdm.diffusion.prediction import Prediction
 from torchcdm.diffusion.schedules import UniformSigmaSchedule
 from torchcdm.models.denoiser import Denoiser, GuidedDenoiser
-from torchcdm.samplers import DDIM, FAR, adaptive_levels, coarse_levels
+from torchcdm.samplers import DDIM, FAR, coarse_levels
 from torchcdm.training.checkpoint import load
 from torchcdm.training.loop import train
 
@@ -88,9 +88,9 @@ def test_each_class_has_its_own_and_none_those_of_all_data():
 def test_the_steps_above_a_start_are_saved():
     mean, variance = torch.tensor([0.7, -1.0, 0.2]), torch.tensor([0.25, 2.0, 0.01])
     denoiser = GaussianDenoiser(SCHEDULE, mean.tolist(), variance.tolist())
-    full, _ = adaptive_levels(denoiser, 4, (3,))
+    full = placed_levels(denoiser, 4, (3,))
     denoiser.coarse = coarse(torch.eye(3), variance.sqrt() * normal(256, 3), mean)
-    levels, _ = adaptive_levels(denoiser, 4, (3,))
+    levels = placed_levels(denoiser, 4, (3,))
     assert full[0] == 200 > levels[0] and len(full) == 5
     assert levels == [1, 0]  # nothing is across the directions, and below level 1 is the end
     x = trajectories(denoiser, 2000, DDIM(), levels, (3,))
@@ -129,8 +129,8 @@ def test_more_steps_than_levels_below_the_start_are_all_of_these():
     # From level T on, as many as there are levels, clothes have twice the distance (docs/results/pictures.md).
     denoiser = GaussianDenoiser(SCHEDULE, [0.0] * 20, [2.0] + [0.25] * 19)
     denoiser.coarse = coarse(torch.eye(20)[:1], 2**0.5 * normal(256, 1))
-    start = adaptive_levels(denoiser, 10, (20,))[0][0]
-    assert adaptive_levels(denoiser, SCHEDULE.T, (20,))[0] == list(range(start, -1, -1))
+    start = placed_levels(denoiser, 10, (20,))[0]
+    assert placed_levels(denoiser, SCHEDULE.T, (20,)) == list(range(start, -1, -1))
     with pytest.warns(UserWarning, match=f"^{start} steps, not 200: no more levels lie below {start}, where"):
         draws = sample(denoiser, 2, "ddim", SCHEDULE.T, shape=(20,), spacing="adaptive", details=True)
     assert draws.evaluations == start < SCHEDULE.T

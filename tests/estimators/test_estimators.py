@@ -17,8 +17,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import torchcdm
 from torchcdm.errors import UserError
-from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector
-from torchcdm.estimators import base as estimators_base
+from torchcdm.estimators import CDMConditional, CDMDensity, CDMOutlierDetector, base as estimators_base
 from torchcdm.runtime.artefact import write_artefact
 
 TINY = {

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from bad_tables import ALWAYS, GOOD, NUMBERS, OTHERS
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 from sklearn.exceptions import NotFittedError
 
 from torchcdm.data import from_object

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from endings import ending
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from small_runs import small_config, small_flags
 
 from torchcdm.cli.arguments import Parser

@@ -29,7 +29,7 @@ from torchcdm.likelihood import Scoring, report, single_pass
 from torchcdm.runtime import processes
 from torchcdm.runtime.processes import (
     Processes,
-    _shared_by,
+    alone,
     map_rows,
     progress_bar,
     rows_at_a_time,
@@ -122,7 +122,7 @@ def test_without_a_launcher_there_is_no_group():
 
 
 def test_a_training_within_shared_work_is_refused():
-    with _shared_by(object()), pytest.raises(UserError, match=r"call it outside of sharing\(\)"):
+    with alone(object()), pytest.raises(UserError, match=r"call it outside of sharing\(\)"):
         Processes("cpu")
 
 

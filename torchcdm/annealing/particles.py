@@ -32,16 +32,12 @@ FIRST_STEP, SMALLEST_STEP, LARGEST_STEP = 0.5, 1e-3, 2.0
 
 @dataclass
 class States:
-    """Points at their levels, and what a target says of them.
+    """Points at their levels, and what a target says of them."""
 
-    They are ``x``, model units float64 (B, *shape), at ``t``, an int or long (B,). The ``origin`` is which of the
-    first particles each descends from, long (B,); None where nobody keeps count.
-    """
-
-    x: Tensor
+    x: Tensor  # model units, float64 (B, *shape)
     t: Level
     at: Evaluated
-    origin: Tensor | None = None
+    origin: Tensor | None = None  # which of the first particles each descends from, long (B,); None: nobody counts
 
     @classmethod
     def of(cls, target: Target, x: Tensor, t: Level) -> States:
@@ -106,16 +102,12 @@ def adapted(step: Tensor | float, accepted: Tensor | float) -> Tensor:
 
 
 class Particles(NamedTuple):
-    """Particles at the level where they ended, islands times size; those of one island are neighbours.
-
-    ``log_weights`` are those within each island, (islands, size), ``log_estimates`` the logarithm of an unbiased
-    estimate of Z by each, (islands,), and ``least`` its smallest effective sample size before resampling, (islands,).
-    """
+    """Particles at the level where they ended, islands times size; those of one island are neighbours."""
 
     states: States
-    log_weights: Tensor
-    log_estimates: Tensor
-    least: Tensor
+    log_weights: Tensor  # within each island, (islands, size)
+    log_estimates: Tensor  # logarithm of an unbiased estimate of Z by each island, (islands,)
+    least: Tensor  # its smallest effective sample size before resampling, (islands,)
 
 
 @torch.no_grad()

@@ -28,14 +28,11 @@ KEPT_VALUES = 2**23  # numbers kept for MBAR at most: states are thinned to so m
 
 
 class Ladder(NamedTuple):
-    """At least two levels that follow each other at about equal works, rising to T, and where replicas start.
-
-    ``step`` has the step sizes of moves that suited, (rungs,), and ``x`` equally weighted points, (rungs, n, *shape).
-    """
+    """At least two levels that follow each other at about equal works, rising to T, and where replicas start."""
 
     levels: list[int]
-    step: Tensor
-    x: Tensor
+    step: Tensor  # step sizes of moves that suited, (rungs,)
+    x: Tensor  # equally weighted points, (rungs, n, *shape)
 
 
 def ladder(target: Target, kernels: Kernels, level: int, columns: int, generator: Generator) -> Ladder:

@@ -115,15 +115,11 @@ DISTANCE = 6.0  # the largest Mahalanobis distance of it that the fence lets in
 
 @dataclass(frozen=True)
 class Fence:
-    """Where densities have mass: where the profile of log gamma, at a level and above it, is usual for the level.
+    """Where densities have mass: where the profile of log gamma, at a level and above it, is usual for the level."""
 
-    At rising ``levels`` alone. ``middle`` is the mean log gamma, at some of them, of points of each class and level,
-    (classes, levels, some), and ``whiten``, (classes, levels, some, some), gives deviations unit covariance.
-    """
-
-    levels: list[int]
-    middle: Tensor
-    whiten: Tensor
+    levels: list[int]  # rising, and none but these
+    middle: Tensor  # mean log gamma, at some of them, of points of each class and level, (classes, levels, some)
+    whiten: Tensor  # gives deviations from it unit covariance, (classes, levels, some, some)
 
     @classmethod
     def of(cls, levels: Sequence[int], profiles: Sequence[Sequence[Tensor]]) -> "Fence":

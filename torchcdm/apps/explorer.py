@@ -38,15 +38,11 @@ PICTURE = 256  # screen pixels of the side of an image
 @final
 @dataclass
 class Explorer:
-    """What the page shows, as numbers and pictures; nothing here needs a browser.
+    """What the page shows, as numbers and pictures; nothing here needs a browser."""
 
-    Of a model of known data that is conditional on classes or on nothing, with normal data that did not train it, and
-    inputs to choose from, both data units (N, *shape).
-    """
-
-    model: DensityModel
-    reference: Tensor
-    examples: Tensor
+    model: DensityModel  # of known data, conditional on classes or on nothing
+    reference: Tensor  # normal data that did not train it, data units (N, *shape)
+    examples: Tensor  # inputs to choose from, likewise
 
     def __post_init__(self) -> None:
         self.model, self.info = require_density(self.model, "the page"), self.model.info

@@ -13,8 +13,7 @@ from torchcdm import __version__
 from torchcdm.apps import plots
 from torchcdm.apps.baselines import LARGEST_DIM, Baseline, baselines
 from torchcdm.data import DataSource
-from torchcdm.likelihood import NLLReport, Scoring, methods_of
-from torchcdm.likelihood import report as likelihood_report
+from torchcdm.likelihood import NLLReport, Scoring, methods_of, report as likelihood_report
 from torchcdm.likelihood.log_z import TRAINING, weights_of, write_log_z
 from torchcdm.likelihood.scoring import dithered
 from torchcdm.runtime.files import write_json

@@ -7,8 +7,7 @@ and denoiser always belong together.
 from typing import Any, final
 
 import torch
-from azula.denoise import Denoiser as Azula
-from azula.denoise import DiracPosterior
+from azula.denoise import Denoiser as Azula, DiracPosterior
 from azula.noise import Schedule
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from torchcdm.apps.ratio import DensityRatio, effective_sample_size, importance_weights, mutual_information
-from torchcdm.apps.ratio.checks import check_clip
+from torchcdm.apps.ratio.checks import Clip
 from torchcdm.cli.arguments import given, tell
 from torchcdm.data import DataSource, Split, check_spec, parse_size, spec_of
 from torchcdm.errors import UserError
@@ -17,6 +17,7 @@ from torchcdm.likelihood.log_z import TRAINING, read_log_z, weights_of, write_lo
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.files import check_output, write_rows
 from torchcdm.runtime.processes import chosen_device, sharing
+from torchcdm.runtime.validation import read_as
 from torchcdm.training import evaluation
 from torchcdm.training.checkpoint import load
 from torchcdm.zoo import located
@@ -88,7 +89,7 @@ def _to_measure(
 
 def ratio(options: argparse.Namespace) -> None:
     """Fits, scores, and says how far to trust it."""
-    check_clip(options.clip)
+    read_as(Clip | None, options.clip, "--clip")
     check_spec(spec_of(options.query))
     if options.save is not None:
         check_output(options.save / "config.json", kind="estimator")

@@ -21,8 +21,7 @@ from torchcdm.training.build import build_model, load_source, resolve
 from torchcdm.training.checkpoint import ModelInfo, save
 from torchcdm.training.config_files import file_fields, flag_fields, make_config, merge, preset_fields
 from torchcdm.training.fit import scales, seconds_a_step, with_budget
-from torchcdm.training.loop import Interrupted
-from torchcdm.training.loop import train as trained
+from torchcdm.training.loop import Interrupted, train as trained
 from torchcdm.training.run_folder import RunFolder
 from torchcdm.training.settings import Config
 from torchcdm.units import DataTransform

@@ -128,7 +128,7 @@ def sample(
         seed: Seed, not negative.
         batch_size: Samples at a time; by their size, and what memory holds, when None.
         spacing: Where the steps are: ``even`` over the levels, or ``adaptive`` to the model's own trajectories, see
-            :func:`torchcdm.samplers.adaptive_levels`, where deterministic samplers of images read the level off x
+            :class:`torchcdm.samplers.Curvature`, where deterministic samplers of images read the level off x
             (:class:`torchcdm.models.density.LevelReader`). When None, what suits the sampler. Steps of particles that
             are ``adaptive`` are as long as their weights allow, often a tenth of the levels.
         shape: Event shape, for a model that does not know its own; not for particles.

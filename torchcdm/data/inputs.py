@@ -28,16 +28,12 @@ WHOLE, IMAGE = -1, 0
 
 
 class Inputs(NamedTuple):
-    """Samples that were read for a model: data units, float32 (N, *shape), and what was left out, one sentence each.
+    """Samples that were read for a model."""
 
-    ``names`` are the path of each, or the path and the row. ``deviating`` names the columns in which it holds what
-    training never had, such as another value where all were alike; empty for most.
-    """
-
-    x: Tensor
-    names: list[str]
-    deviating: list[str]
-    notes: tuple[str, ...] = ()
+    x: Tensor  # data units, float32 (N, *shape)
+    names: list[str]  # the path of each, or the path and the row
+    deviating: list[str]  # columns in which it holds what training never had, such as a new level; empty for most
+    notes: tuple[str, ...] = ()  # what was left out, one sentence each
 
 
 def read_inputs(

@@ -198,12 +198,9 @@ def _celeba_partition(listing: Path, images: Path) -> tuple[list[list[Path]], li
 
 @dataclass(frozen=True)
 class Toy:
-    """A toy distribution in the plane, as likely in each class: Gaussians of one ``deviation`` along curves.
+    """A toy distribution in the plane, as likely in each class: Gaussians along curves."""
 
-    ``classes`` are the middles of each, float64 (K, 2); closer than 1.3 deviations their sum is smooth to 1e-4.
-    """
-
-    classes: list[Tensor]
+    classes: list[Tensor]  # their middles, float64 (K, 2) each; closer than 1.3 deviations the sum is smooth to 1e-4
     deviation: float
 
     @property

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from torchcdm.diffusion.schedules import NoiseSchedule
-from torchcdm.units import DataTransform, GaussianizedTransform
-from torchcdm.units.log_likelihood import log_normal
+from torchcdm.units import DataTransform, GaussianizedTransform, log_normal
 
 # Of a decoder's tilt, nats a cell: enough to converge to rounding error, unless one cell has nearly all mass.
 NEWTON_STEPS, LARGEST_TILT = 12, 20.0

@@ -12,8 +12,7 @@ from torchcdm.likelihood.restricted import MeasuredStep, log_q
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser
 from torchcdm.runtime.validation import Count, checked
-from torchcdm.units import LogLikelihood
-from torchcdm.units.log_likelihood import log_normal
+from torchcdm.units import LogLikelihood, log_normal
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from torchcdm.likelihood.one_pass import score_noisy
 from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, draw_rows
 from torchcdm.models.denoiser import Denoiser, working_dtype
 from torchcdm.runtime.processes import labels_of
-from torchcdm.units import LogLikelihood
-from torchcdm.units.log_likelihood import log_normal
+from torchcdm.units import LogLikelihood, log_normal
 
 EXACT_DIMENSIONS = 16  # up to here the divergence is the exact trace, above the mean over random probes
 

@@ -69,13 +69,10 @@ class Row(NamedTuple):
 
 
 class NLLGap(NamedTuple):
-    """NLL by one pass minus NLL by the flow on the same noisy inputs, in the report's unit; above 0 one pass is worse.
-
-    The deviation over samples, ``sd``, is without the variance of the flow's probes, which that of the mean includes.
-    """
+    """NLL by one pass less that by the flow on the same noisy inputs, in the report's unit; above 0 it is worse."""
 
     mean: float
-    sd: float
+    sd: float  # over samples, without the variance of the flow's probes, which ``se`` includes
     level: int
     se: float
 

@@ -29,8 +29,7 @@ from torchcdm.likelihood.scoring import ScoredBatch, Scoring, as_data, scoring_l
 from torchcdm.models.denoiser import working_dtype
 from torchcdm.models.density import DensityModel, require_density
 from torchcdm.random import derive
-from torchcdm.units import DataTransform, LogLikelihood
-from torchcdm.units.log_likelihood import log_normal
+from torchcdm.units import DataTransform, LogLikelihood, log_normal
 
 COVER = 1e-3  # share of the Gaussian: it costs as many nats of a sample
 PASSES = 9  # of a chain
@@ -41,16 +40,12 @@ PSEUDO, MOST_VALUES = 0.3, 4096  # what a table counts from, and the most grey l
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """What data have shown of the numbers x_0 given those denoised at a level.
-
-    The ``edges`` are between bins of the denoised value, model units, (bins - 1,), ``variances`` mean squared errors
-    in each, (bins,), and the ``table`` log P(k) of its grey levels, (bins, values); None for the tilted decoder.
-    """
+    """What data have shown of the numbers x_0 given those denoised at a level."""
 
     level: int
-    edges: Tensor | None = None
-    variances: Tensor | None = None
-    table: Tensor | None = None
+    edges: Tensor | None = None  # between bins of the denoised value, model units, (bins - 1,)
+    variances: Tensor | None = None  # mean squared errors in each bin, (bins,)
+    table: Tensor | None = None  # log P(k) of grey levels in each, (bins, values); None for the tilted decoder
 
     @classmethod
     def of(cls, level: int, x: Tensor, x_0: Tensor, denoised: Tensor, transform: DataTransform) -> "MeasuredStep":
@@ -86,17 +81,13 @@ class MeasuredStep:
 
 @dataclass(frozen=True)
 class Restricted:
-    """A normalised density at the level of the last of its ``steps``, which rise, and a chain below it.
+    """A normalised density at the level of the last of its steps, and a chain below it."""
 
-    The last step decodes alone in one pass. Each class has a ``fence``, or all have one, and a ``log_z``, nats, or an
-    upper end of it, (classes,). The Gaussian has a ``mean``, (*shape), and ``variances`` in the cosine basis, (d,).
-    """
-
-    steps: Sequence[MeasuredStep]
-    fence: Fence
-    log_z: Tensor
-    mean: Tensor
-    variances: Tensor
+    steps: Sequence[MeasuredStep]  # they rise; the last decodes alone in one pass
+    fence: Fence  # of each class, or of all
+    log_z: Tensor  # of each class, or an upper end of it, nats, (classes,)
+    mean: Tensor  # of the Gaussian, (*shape)
+    variances: Tensor  # of the Gaussian in the cosine basis, (d,)
 
     @property
     def level(self) -> int:

@@ -22,16 +22,12 @@ from torchcdm.models.inputs import LARGEST, as_labels, as_numbers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that one forward and one backward pass tell.
+    """All that one forward and one backward pass tell."""
 
-    E[eps | x_t], (B, *shape); log p_t(x_t | y) at every level, or log p_t(x_t) without labels, float64 (B, T+2); and
-    ``unconditional`` the latter where the same pass gives it (joint), else the same; ``levels`` those of eps, (B,).
-    """
-
-    eps: Tensor
-    log_prob_levels: Tensor
-    unconditional: Tensor
-    levels: Tensor
+    eps: Tensor  #: E[eps | x_t], (B, *shape).
+    log_prob_levels: Tensor  #: log p_t(x_t | y) at every level, or log p_t(x_t) without labels, float64 (B, T+2).
+    unconditional: Tensor  #: log p_t(x_t) where the same pass gives it (joint), else the same.
+    levels: Tensor  #: Those of eps, (B,).
 
 
 class DensityModel(Denoiser):

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
-from safetensors.torch import load as unpack
-from safetensors.torch import save as pack
+from safetensors.torch import load as unpack, save as pack
 from torch import Tensor
 
 from torchcdm import __version__

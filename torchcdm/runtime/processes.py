@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
@@ -168,19 +168,16 @@ def sharing(device: str | None = None) -> Iterator[tuple[torch.device, bool]]:
         yield chosen_device(device), True
         return
     processes = Processes(device)
-    with _shared_by(processes):
+    with alone(processes):
         yield processes.device, processes.main
     # Not after a failure: the others may be elsewhere, and the launcher ends them.
     processes.end()
 
 
-def alone() -> AbstractContextManager[None]:
-    """Meanwhile every process does all rows itself: for work in which samples depend on each other."""
-    return _shared_by(None)
-
-
 @contextmanager
-def _shared_by(processes: Processes | None) -> Iterator[None]:
+def alone(processes: Processes | None = None) -> Iterator[None]:
+    """Meanwhile every process does all rows itself, for work in which samples depend on each other; or ``processes``
+    share them."""
     token = _SHARED_BY.set(processes)
     try:
         yield

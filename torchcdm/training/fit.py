@@ -24,16 +24,7 @@ from torchcdm.models.cdm import ClassificationDiffusion, log_shares
 from torchcdm.models.denoiser import Denoiser, evaluation_mode, working_dtype
 from torchcdm.runtime.processes import progress_bar, several
 from torchcdm.runtime.validation import encode, read_as
-from torchcdm.training import loop
-from torchcdm.training.build import (
-    build_model,
-    choose_base,
-    class_frequencies,
-    config_of,
-    imported,
-    in_units,
-    plain_model,
-)
+from torchcdm.training import build, loop
 from torchcdm.training.checkpoint import load, load_weights
 from torchcdm.training.config_files import file_fields, make_config, merge, paths, preset_fields
 from torchcdm.training.loop import Interrupted
@@ -95,7 +86,7 @@ def fit(
     if resume and out is not None and loop.RunFolder(out).config.exists():
         layers[0] = merge(layers[0], file_fields(loop.RunFolder(out).config))  # a size that was chosen stays
     config = with_budget(layers, source if backbone is None else None, budget, device, progress)
-    code, network = (backbone, imported(backbone)) if isinstance(backbone, str) else (None, backbone)
+    code, network = (backbone, build.imported(backbone)) if isinstance(backbone, str) else (None, backbone)
     if network is not None:
         seen = "input" if getattr(network, "classes", None) is not None else "none"
         custom = BACKBONES["custom"](code=code, module=type(network).__name__)
@@ -128,10 +119,10 @@ def train(
         raise UserError(f"train: {type(model).__name__} is no model; give the model, then the data")
     if "model" in overrides:
         raise UserError("train: the model is made already; its settings have no effect")
-    settings = config_of(model)
+    settings = build.config_of(model)
     source, layers = _prepared("train", data, labels, preset, overrides, progress)
     config = make_config(*layers)
-    source = in_units(source, config.data)
+    source = build.in_units(source, config.data)
     if model.transform is None:
         model.transform = copy.deepcopy(source.transform)
     elif model.shape != source.shape:
@@ -141,7 +132,7 @@ def train(
     check_network(model.backbone, source, model.schedule.T + 2, denoiser=model.density is None)
     if getattr(model, "joint", False) and source.classes is not None:
         # The loss is that of (class, level): with another prior p(x|y) would learn the difference.
-        prior, before = log_shares(class_frequencies(source)).to(model.log_class_prior), model.log_class_prior
+        prior, before = log_shares(build.class_frequencies(source)).to(model.log_class_prior), model.log_class_prior
         if len(before.unique()) > 1 and not torch.allclose(before.exp(), prior.exp(), atol=0.01):
             warn("train: the class_prior of the model gives way to the frequencies of the labels")
         before.copy_(prior)
@@ -221,7 +212,7 @@ def trained(
         config = replace(config, sampling=replace(config.sampling, n=0))
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as run:
         try:
-            loop.train(config, run, in_units(source, config.data), device=device, progress=progress, **given)
+            loop.train(config, run, build.in_units(source, config.data), device=device, progress=progress, **given)
         except Interrupted as error:
             if out is not None:
                 raise
@@ -309,7 +300,7 @@ def with_budget(
 
     def made(*layers: Mapping[str, Any]) -> Config:
         config = make_config(*layers)
-        return replace(config, model=plain_model(config.model)) if config.model.kind == "ddm" else config
+        return replace(config, model=build.plain_model(config.model)) if config.model.kind == "ddm" else config
 
     preset, *given = layers
     seconds = DEFAULT if budget is None else seconds_of(budget)
@@ -317,9 +308,9 @@ def with_budget(
     if source is None or len(source.shape) != 3 or not scales(layers, budget):
         return made(preset, {} if budget is None else {"train": {"max_seconds": training}}, *given)
     asked = made(preset, *given)
-    source = in_units(source, asked.data)
+    source = build.in_units(source, asked.data)
     count, multipliers = len(source.train), multipliers_of(*source.shape[1:])
-    model = choose_base(asked.model, source, asked.data.flip)
+    model = build.choose_base(asked.model, source, asked.data.flip)
     base = {name: getattr(model, name) for name in FIELDS}
     width, batch, took = 0, 0, 0.0
     for wider, larger in progress_bar(SIZES, "timing steps", progress):  # the first in any case
@@ -368,7 +359,7 @@ def seconds_a_step(config: Config, source: DataSource | None, device: str | None
         return times[-1]
 
     # A blank base density costs as much as one that is fitted.
-    model = None if source is None else build_model(config.model, source.transform, source.classes)
+    model = None if source is None else build.build_model(config.model, source.transform, source.classes)
     config = replace(config, train=endless)
     with tempfile.TemporaryDirectory() as folder, suppress(TimeoutError):
         try:

@@ -13,11 +13,11 @@ from torchcdm.runtime.validation import read_as
 from torchcdm.units.affine import DataTransform
 from torchcdm.units.columns import ColumnTransform
 from torchcdm.units.gaussianized import GaussianizedTransform
-from torchcdm.units.log_likelihood import LogLikelihood, standard_error
+from torchcdm.units.log_likelihood import LogLikelihood, log_normal, standard_error
 from torchcdm.units.table import TableEncoding
 
 __all__ = ["ColumnTransform", "DataTransform", "GaussianizedTransform", "LogLikelihood", "TableEncoding"]
-__all__ += ["standard_error", "transform_from_config"]
+__all__ += ["log_normal", "standard_error", "transform_from_config"]
 
 KINDS = {"affine": DataTransform, "gaussianized": GaussianizedTransform, "columns": ColumnTransform}
 

@@ -147,14 +147,12 @@ class Column:
 
 
 class Encoded(NamedTuple):
-    """Rows as numbers: codes of the columns that vary, float64 (N, d), and which rows of the table they are (N,).
+    """Rows of a table as numbers."""
 
-    ``deviating`` names the columns in which a row holds what training never had: another value in a constant column, a
-    new level, a missing number. Empty for most.
-    """
-
-    x: Tensor
-    rows: Tensor
+    x: Tensor  # codes of the columns that vary, float64 (N, d)
+    rows: Tensor  # which rows of the table they are, (N,)
+    # Columns in which a row holds what training never had, empty for most: another value in a constant column, a new
+    # level, a missing number.
     deviating: list[str]
 
 

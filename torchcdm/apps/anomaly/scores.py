@@ -178,14 +178,11 @@ def deviation(values: Tensor) -> Tensor:
 
 
 class Kind(NamedTuple):
-    """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2 or more), and of the coarse level.
-
-    Of profiles of the reference, at least ``smallest_reference``, ``learn`` makes what ``apply`` needs beside, if any.
-    """
+    """How a score is made of profiles, log p_t(x) in nats, float64 (N, T+2 or more), and of the coarse level."""
 
     apply: Callable[[Tensor, int, Fitted], Tensor]
-    learn: Callable[[Tensor, int], Fitted] | None = None
-    smallest_reference: int = 1
+    learn: Callable[[Tensor, int], Fitted] | None = None  # what ``apply`` needs beside, of profiles of the reference
+    smallest_reference: int = 1  # at least so many of these
 
 
 SCORES = {

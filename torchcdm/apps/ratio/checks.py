@@ -1,14 +1,17 @@
 """What log ratios are worth: importance weights, and checks that need no known ratio."""
 
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from annotated_types import Gt, Le
 from scipy.optimize import minimize
 from scipy.special import expit, logsumexp, softmax
 
 from torchcdm.errors import UserError
+from torchcdm.runtime.validation import Float, checked
+
+Clip = Annotated[Float, Gt(0), Le(1)]  # a quantile of weights, such as 0.999, that larger ones are set to
 
 SEPARATE = 0.1  # log loss, nats, below which the sources hardly overlap
 FEWEST = 10  # effective samples below which a weighted mean is that of a few; half of them where there are few
@@ -35,15 +38,9 @@ def log_loss(numerator: np.ndarray, denominator: np.ndarray) -> float:
     return 0.5 * float(np.logaddexp(0, -numerator).mean() + np.logaddexp(0, denominator).mean())
 
 
-def check_clip(clip: float | None) -> None:
-    """Refuses a ``clip`` that is no share."""
-    if clip is not None and not (isinstance(clip, Real) and 0 < clip <= 1):
-        raise UserError(f"clip is {clip!r}; it is a quantile of the weights, above 0 and at most 1, such as 0.999")
-
-
-def importance_weights(log_ratio: np.ndarray, clip: float | None = None) -> np.ndarray:
+@checked
+def importance_weights(log_ratio: np.ndarray, clip: Clip | None = None) -> np.ndarray:
     """exp(log ratio) over its mean: float64 (N,) with mean 1; ``clip`` as in the method. UserError if infinite."""
-    check_clip(clip)
     log_ratio = as_floats(log_ratio, "the log ratios")
     limit = log_ratio.max() if clip is None else np.quantile(log_ratio, clip)
     weights = np.exp(np.minimum(log_ratio, limit) - limit)

@@ -12,8 +12,7 @@ from typing import final
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
-from torch.nn.functional import silu
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy, silu
 
 from torchcdm.random import derive, evenly_spaced, stream
 from torchcdm.runtime.processes import map_rows, progress_bar
