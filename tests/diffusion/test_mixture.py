@@ -9,7 +9,7 @@ from pretended_device import pretended_device
 from studies.exact import GaussianMixture
 from torchcdm.annealing.target import reference_gaussian
 from torchcdm.diffusion.gaussian import GaussianMarginals
-from torchcdm.diffusion.mixture import FIT_ROWS, MixtureMarginals, _some, _starts, best_mixture
+from torchcdm.diffusion.mixture import FIT_ROWS, MixtureMarginals, _groups, _some, _starts, best_mixture
 from torchcdm.diffusion.schedules import LogSNRSchedule
 from torchcdm.errors import UserError
 from torchcdm.estimators.density import importance_normalizers
@@ -218,6 +218,7 @@ def test_precisions_that_em_starts_from_are_symmetric_where_columns_repeat_each_
     """scikit-learn refuses others: of a group of heavy-tailed columns the inverse was symmetric to 1e-8 only."""
     draw = np.random.RandomState(0)
     groups = [scale * draw.normal(size=(400, 2)) @ draw.normal(size=(2, 6)) for scale in (10, 10)]
-    (start,) = _starts(np.concatenate([groups[0], 200 + groups[1]]), 2, 1e-5)
+    x = np.concatenate([groups[0], 200 + groups[1]])
+    (start,) = _starts(x, 2, 1e-5, _groups(x, 2))
     for precision in start["precisions_init"]:
         assert abs(precision - precision.T).max() < 1e-12 * precision.max()

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import geom, norm
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, train_test_split
 from sklearn.pipeline import make_pipeline
@@ -151,6 +152,31 @@ def test_a_discrete_column_is_scored_as_a_probability():
         CDMDensity(discrete="error").fit(x)
 
 
+def test_neighbours_tell_of_values_with_few_rows():
+    # Six rows a value: by counts alone 0.25 nats are lost, and as many values more at whole numbers that no row has.
+    def rows(seed):
+        draw = np.random.RandomState(seed)
+        return np.round(np.c_[draw.normal(1000, 50, 1500), draw.geometric(0.03, 1500)])
+
+    new = rows(1)
+    true = (norm.logpdf(new[:, 0], 1000, 50) + geom.logpmf(new[:, 1], 0.03)).mean()
+    density = CDMDensity(random_state=0, steps=1, device="cpu").fit(rows(0))
+    assert set(density.columns_.cells) == {0, 1}
+    assert abs(density.score(new) - true) < 0.1
+
+
+def test_thin_structure_is_known():
+    # Columns that nearly add up, and tight groups far apart: along them one Gaussian of some was too wide.
+    draw = np.random.RandomState(0)
+    x, error = draw.normal(size=(2, 2000))
+    thin = np.c_[x, x + 1e-3 * error]
+    groups = 500 * np.array([[0, 0], [1.0, 2], [2, 0.6]])[draw.randint(0, 3, 2000)] + draw.normal(size=(2000, 2))
+    of_thin, of_groups = -norm.entropy() - norm(scale=1e-3).entropy(), -np.log(3) - 2 * norm.entropy()
+    for rows, true in ((thin, of_thin), (groups, of_groups)):
+        density = CDMDensity(random_state=0, steps=1, device="cpu").fit(rows[:1000])
+        assert abs(density.score(rows[1000:]) - true) < 0.1
+
+
 def test_a_constant_column_is_left_out_with_a_warning_and_marks_outliers():
     frame = table(100).assign(site=4.0)
     with pytest.warns(UserWarning, match="left out because they are constant in training: site"):
@@ -219,6 +245,14 @@ def test_data_frames_are_taken_as_they_come(kind, tmp_path):
             fitted.score_samples(new)
     else:
         assert (fitted.predict(new) == -1).all()
+
+
+def test_samples_have_the_labels_of_the_table_numbers_too(tmp_path):
+    frame = table(80).set_axis([0, 1, 4], axis=1)
+    fitted = CDMDensity(**TINY).fit(frame)
+    fitted.save(tmp_path)
+    for sampled in (fitted.sample(3), CDMDensity.load(tmp_path).sample(3)):
+        assert list(sampled.columns) == [0, 1, 4] and np.isfinite(fitted.score_samples(sampled)).all()
 
 
 @pytest.mark.parametrize("kind", [CDMDensity, CDMOutlierDetector])
@@ -405,6 +439,12 @@ def test_outliers_are_found_and_held_out_rows_set_the_threshold(score):
     assert alarms < 0.15
     assert (detector.predict(middle) == -1).mean() > 0.95
     assert np.array_equal(detector.decision_function(test), detector.score_samples(test) - detector.offset_)
+
+
+def test_few_rows_say_how_rough_their_threshold_is():
+    rough = CDMOutlierDetector(**TINY).fit(table(30))
+    assert "4 held-out rows set the threshold: of new normal rows about 20% lie below, not 5%" in rough.notes_[-1]
+    assert not any("threshold" in note for note in CDMOutlierDetector(**TINY).fit(table(150)).notes_)
 
 
 def test_contamination_is_the_share_of_the_training_table_that_is_flagged():

@@ -24,7 +24,9 @@ from torchcdm.errors import UserError
 from torchcdm.random import evenly_spaced, normal
 
 FIT_ROWS = 10_000  # samples that a mixture is fitted to, unless more are asked for
-VARIANCE_FLOOR = 1e-5  # of a component along any direction, model units: none shrinks onto one sample
+# Of a component along any direction, model units: none shrinks onto one sample. Less where data are thin everywhere,
+# as columns are that nearly add up, or tight groups: a share of the variance in groups along its thinnest direction.
+VARIANCE_FLOOR, THIN = 1e-5, 0.1
 PIECES = 3  # EM starts from so many pieces for each component
 PIECE_ROWS = 5  # rows that a piece needs; so many for each number for a covariance of its own
 TOLERANCE, ROUGH = 1e-5, 1e-3  # nats a sample: EM ends where it gains less, of what is kept, and of what is tried
@@ -180,12 +182,15 @@ def fit_gaussians(
     """Weights (K,), means (K, d) and covariances (K, d, d) of samples (N, d) by expectation maximisation; float64.
 
     Of at most so many ``rows``, evenly spaced, until an iteration gains less than the ``tolerance``, nats a sample.
-    No variance is below ``floor``, nor ``VARIANCE_FLOOR``. The share ``shrinkage`` moves each covariance towards
-    their mean, and its square that one towards a round one of the variance of all samples, as it does one alone.
+    No variance is below ``floor``, nor ``VARIANCE_FLOOR``, less where the data are thin. The share ``shrinkage`` moves
+    each covariance towards their mean, and its square that one towards a round one of the variance of all samples, as
+    it does one alone.
     """
-    x, floor = _some(samples, components, rows).numpy(), max(floor, VARIANCE_FLOOR)
+    x = _some(samples, components, rows).numpy()
+    groups = _groups(x, components)
+    floor = max(floor, _least_variance(x, groups))
     options = {"reg_covar": floor, "random_state": 0, "tol": tolerance}
-    trials = [maximised(x, components, **options, **start) for start in _starts(x, components, floor)]
+    trials = [maximised(x, components, **options, **start) for start in _starts(x, components, floor, groups)]
     fitted = max(trials, key=lambda trial: trial.lower_bound_)
     weights, means, covariances = map(torch.from_numpy, (fitted.weights_, fitted.means_, fitted.covariances_))
     variance = float(samples.double().var(0, correction=0).mean())
@@ -218,32 +223,50 @@ def maximised(x: np.ndarray, components: int, **options: Any) -> Any:
     """scikit-learn's mixture of Gaussians by expectation maximisation on ``x`` (N, d), converged or not."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture as Fitter
+    from threadpoolctl import threadpool_limits
 
-    with warnings.catch_warnings():
+    # Threads would wait for each other most of the time, as each product is small.
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)
         return Fitter(components, **options).fit(x)
 
 
-def _starts(x: np.ndarray, components: int, floor: float) -> list[dict[str, Any]]:
-    """Where EM starts: thrice as many pieces by k-means, grouped: as many pieces as modes would leave out some.
-
-    Where pieces have few rows scikit-learn's own start, the empty one, is tried too.
-    """
+def _groups(x: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which of so many groups each row (N, d) is in, and the middle of its piece: thrice as many pieces by k-means,
+    grouped, as as many pieces as modes would leave out some. None where pieces would have few rows."""
     from sklearn.cluster import AgglomerativeClustering, KMeans
 
     pieces = PIECES * components
     if components == 1 or len(x) < PIECE_ROWS * pieces:
-        return [{}]
+        return None
     found = KMeans(pieces, n_init=1, max_iter=30, random_state=0).fit(x)
     groups = AgglomerativeClustering(components, linkage="ward").fit_predict(found.cluster_centers_)[found.labels_]
-    parts = [x[groups == k] for k in range(components)]
-    if not all(map(len, parts)):
+    return (groups, found.cluster_centers_[found.labels_]) if len(np.unique(groups)) == components else None
+
+
+def _least_variance(x: np.ndarray, groups: tuple[np.ndarray, np.ndarray] | None) -> float:
+    """Within groups of rows (N, d), ``THIN`` of that along its thinnest direction; at most ``VARIANCE_FLOOR``."""
+    labels = np.zeros(len(x), int) if groups is None else groups[0]
+    apart = x - np.stack([x[labels == k].mean(0) for k in range(labels.max() + 1)])[labels]
+    if len(x) < PIECE_ROWS * (x.shape[1] + labels.max()):
+        return VARIANCE_FLOOR
+    thinnest = np.linalg.eigvalsh(apart.T @ apart / len(x))[0]
+    return float(np.clip(THIN * thinnest, 1e-8, VARIANCE_FLOOR))
+
+
+def _starts(
+    x: np.ndarray, components: int, floor: float, grouped: tuple[np.ndarray, np.ndarray] | None
+) -> list[dict[str, Any]]:
+    """Where EM starts: from the groups of :func:`_groups`; where their pieces have few rows scikit-learn's own start,
+    the empty one, is tried too."""
+    if grouped is None:
         return [{}]
-    few, identity = len(x) < PIECE_ROWS * pieces * x.shape[1], np.eye(x.shape[1])
+    groups, middles = grouped
+    few, identity = len(x) < PIECE_ROWS * PIECES * components * x.shape[1], np.eye(x.shape[1])
     if few:
-        covariances = [((x - found.cluster_centers_[found.labels_]).var() + floor) * identity] * components
+        covariances = [((x - middles).var() + floor) * identity] * components
     else:
-        covariances = [np.cov(part.T, bias=True) + floor * identity for part in parts]
+        covariances = [np.cov(x[groups == k].T, bias=True) + floor * identity for k in range(components)]
     start = _start(x, groups, np.linalg.pinv(np.stack(covariances), hermitian=True))
     return [{}, start] if few else [start]
 

@@ -108,7 +108,12 @@ class CDMOutlierDetector(OutlierMixin, TableDensity):
         if self.contamination != "auto":
             self.offset_ = float(np.percentile(self._scores(codes), 100 * self.contamination))
         else:
-            self.offset_ = -detector.threshold(max(FALSE_ALARMS, 1 / (1 + len(calibration))))
+            least = 1 / (1 + len(calibration))
+            self.offset_ = -detector.threshold(max(FALSE_ALARMS, least))
+            if least > FALSE_ALARMS:
+                rows = f"{len(calibration)} held-out rows set the threshold"
+                what = f"of new normal rows about {least:.0%} lie below, not {FALSE_ALARMS:.0%}"
+                self._say(f"{rows}: {what}; give more rows, or a larger validation_fraction")
         self.offset_ -= ROUNDING * max(1.0, abs(self.offset_))
 
     def _scores(self, codes: Tensor) -> np.ndarray:

@@ -21,6 +21,9 @@ OUTSIDE = 1e-4  # probability that a histogram leaves on either side of the know
 # Cells of the histogram of the other numbers of a mixed column, at most, and training rows in each, at least.
 KNOTS, KNOT_ROWS = 50, 20
 STEP_ROWS = 2000  # rows that the steps of a column are fitted to: the time grows with their square
+# Shares of the rows near a value over which its rows are spread, and the most values of a column for which one is
+# chosen: the time grows with their square.
+NEIGHBOURS, SMOOTHED = (0.003, 0.01, 0.03, 0.1, 0.3), 2000
 
 
 @final
@@ -85,8 +88,10 @@ class ColumnTransform(DataTransform):
             # All rows are inside, rounded to float32 too.
             (low, high), eps = x[:, k].aminmax(), torch.finfo(torch.float32).eps
             edges[0], edges[-1] = min(edges[0], low - eps * low.abs()), max(edges[-1], high + eps * high.abs())
-            # One more sample, spread over all cells: none is impossible.
-            counts = torch.histogram(x[:, k].contiguous(), edges).hist + 1 / len(edges)
+            counts = torch.histogram(x[:, k].contiguous(), edges).hist
+            if not one.mixed and len(one.values) <= SMOOTHED:
+                counts = _smoothed(counts, edges, torch.tensor(one.values, dtype=torch.float64))
+            counts = counts + 1 / len(edges)  # one more sample, spread over all cells: none is impossible
             share = torch.cat([torch.zeros(1, dtype=torch.float64), counts.cumsum(0) / counts.sum()])
             histograms[k] = one, edges.tolist(), (OUTSIDE + (1 - 2 * OUTSIDE) * share).tolist()
         return cls(warp, histograms, dequantize)
@@ -223,3 +228,30 @@ def _steps(x: Tensor) -> tuple[Tensor, float]:
 def _cell_of(values: Tensor, edges: Tensor) -> Tensor:
     """Index of the cell between two of the rising ``edges`` that holds each value, long."""
     return torch.searchsorted(edges, values, right=True).clamp(1, len(edges) - 1) - 1
+
+
+def _smoothed(counts: Tensor, edges: Tensor, values: Tensor) -> Tensor:
+    """Rows in the bins between ``edges``, (B,), spread over the neighbours of their values, (V,), where these tell of
+    them: a column of many values, such as an age, has few rows at each.
+
+    Each value's as a normal, which is wider where rows are fewer, by that share of the rows for which each row is most
+    probable by all others; as they are unless one gains more than the logarithm of their number. Shares of copies of
+    rows are those of the rows.
+    """
+    bins = _cell_of(values, edges)
+    copies = np.gcd.reduce(counts[bins].long().numpy())
+    own = counts[bins] / max(copies, 1)
+    below, rows = own.cumsum(0) - own / 2, float(own.sum())
+
+    def trial(share: float) -> tuple[float, Tensor]:
+        """Log p of the rows, each by all others, and the rows in the bins."""
+        low, high = (np.interp(below + side * share * rows / 2, below, values) for side in (-1, 1))
+        deviation = torch.from_numpy((high - low) / 4).clamp_min(1e-9 * float(edges[-1] - edges[0]))[:, None]
+        mass = torch.special.ndtr((edges - values[:, None]) / deviation)
+        mass = mass.diff(dim=1) / (mass[:, -1:] - mass[:, :1])
+        found = own @ mass
+        others = (found[bins] - mass[range(len(bins)), bins]).clamp_min(0)  # some values are of held-out rows alone
+        return float(own @ ((others + 1 / len(edges)) / rows).log()), found
+
+    plain, best = trial(0.0)[0], max((trial(share) for share in NEIGHBOURS), key=lambda one: one[0])
+    return max(copies, 1) * best[1] if best[0] > plain + math.log(rows) else counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,10 @@ def as_frame(data: Any) -> DataFrame:
         data = data.to_frame(name="value" if data.name is None else data.name)
     if not hasattr(data, "set_axis"):
         data = pd.DataFrame({label: data[label].to_numpy() for label in data.columns})
+    numbered = all(isinstance(label, Integral) for label in data.columns)
     data = data.set_axis([str(label) for label in data.columns], axis=1)
+    if numbered:
+        note_down(data, numbered=True)
     if not data.columns.is_unique:
         double = data.columns[data.columns.duplicated()].unique()
         raise UserError(f"two columns are called {listed(double)}; column names must differ")

@@ -163,6 +163,7 @@ class TableEncoding:
     columns: tuple[Column, ...]  # all columns of the table that are used
     # Codes of those that are constant in training, by name: the model does not see them.
     constants: Mapping[str, Float] = field(default_factory=dict)
+    numbered: bool = False  # whether the names are whole numbers in the table
 
     @classmethod
     def fit(
@@ -184,8 +185,8 @@ class TableEncoding:
             notes += [note] if note else []
             columns += [column] if column else []
         if not (columns or problems):
-            raise UserError(f"{name}: no column is left to learn from; {' '.join(notes[:SHOWN])}")
-        result = cls(tuple(columns))
+            raise UserError(f"{name}: no column is left to learn from; {' '.join(notes[:SHOWN]) or 'give some'}")
+        result = cls(tuple(columns), numbered=noted(frame, "numbered", False))
         frame = frame.copy(deep=False)
         note_down(frame, problems=[*noted(frame, "problems"), *problems])
         x = result.encode(frame, name, skip_bad).x
@@ -261,7 +262,8 @@ class TableEncoding:
         values, kept = x.detach().double().cpu().numpy(), self.names
         codes = {name: values[:, k] for k, name in enumerate(kept)}
         full = {name: np.full(len(values), code) for name, code in self.constants.items()} | codes
-        return pd.DataFrame({column.name: column.decode(full[column.name]) for column in self.columns})
+        frame = pd.DataFrame({column.name: column.decode(full[column.name]) for column in self.columns})
+        return frame.set_axis([int(name) for name in frame.columns], axis=1) if self.numbered else frame
 
     def varying(self, x: Tensor, name: str) -> tuple[TableEncoding, Tensor, list[str]]:
         """The same without columns that are constant in the codes ``x`` (N, d), which of these vary, and a note.
@@ -273,7 +275,7 @@ class TableEncoding:
         if not varying.any():
             raise UserError(f"{name}: every column is constant in training; there is nothing to learn")
         notes = [f"columns left out because they are constant in training: {', '.join(found)}."] if found else []
-        return TableEncoding(self.columns, {**self.constants, **found}), varying, notes
+        return replace(self, constants={**self.constants, **found}), varying, notes
 
 
 def beyond_float32(x: np.ndarray) -> bool:
