@@ -11,6 +11,7 @@ from torch import nn
 from torchcdm.compose import sample
 from torchcdm.compose.sampling import OF_VECTORS, SAMPLER, STEPS, sample_noise, trajectories
 from torchcdm.diffusion.gaussian import GaussianMarginals, MatrixRotation
+from torchcdm.diffusion.mixture import MixtureMarginals
 from torchcdm.diffusion.schedules import (
     CosineSchedule,
     LogSNRSchedule,
@@ -319,6 +320,19 @@ def test_trajectories_are_kept_until_the_weights_or_the_classes_are_others():
     for k in range(20):
         passes(y=0, guidance=k / 10)
     assert len(model.curvatures) == 16
+
+
+@pytest.mark.parametrize("deviation", [1e-3, 3e-3, 0.03])
+def test_directions_that_the_base_density_knows_to_be_thin_keep_their_width(deviation):
+    """The last level's noise has a deviation of 0.01: means of x_0 alone would keep 1 and 8 % of the first two."""
+    spread = deviation**2 * torch.eye(2) + torch.ones(2, 2)
+    groups = torch.tensor([[0.0, 0.0], [9.0, 9.0]])
+    schedule = UniformSigmaSchedule(100)
+    one = GaussianMarginals.of_spread(schedule, groups[0], spread)
+    two = MixtureMarginals(schedule, torch.ones(2), groups, spread.expand(2, 2, 2), one)
+    for base in (one, two):
+        x = sample(ClassificationDiffusion(ZeroBackbone(102), schedule, gaussian=base), 4000, shape=(2,))
+        assert float((x[:, 0] - x[:, 1]).std()) == pytest.approx(2**0.5 * deviation, rel=0.07)
 
 
 def test_by_default_columns_of_vectors_keep_their_deviations():

@@ -235,12 +235,16 @@ def trajectories(
             choice = next(sample_noise(derive(seed, "coarse"), range(n)[rows], (1,), 1, dtype)).to(device)
             x = coarse.start(noise, choice[:, 0], path[0], denoiser.schedule, label)
         for t, s in pairwise(path):
+            before = x
             noise = next(draws).to(device) if sampler.stochastic else None
             x, previous = sampler.step(Step(denoiser, x, t, s, label, noise, previous, known))
             known = moved(x, s, rows, label) if moved is not None and s > 0 else None
             if known is not None:
                 x, previous = known.x_t, ()  # what was said before is of a trajectory that x has left
             bar.update(len(x))
+        if denoiser.base is not None and len(shape) == 1:
+            draws = sample_noise(derive(seed, "left"), range(n)[rows], shape, 1, dtype)
+            x = x + denoiser.base.left(before, path[-2], next(draws).to(device)).to(x)
         return finished(denoiser, x, units)
 
     with evaluation_mode(denoiser), torch.no_grad(), bar:

@@ -44,6 +44,13 @@ class BaseDensity(Float64Module, ABC):
         """x at level T of the one Gaussian, for samplers to start from, by standard normal ``eps`` (B, *shape)."""
         return eps if self.gaussian is None else self.gaussian.sample(eps, self.schedule.T)
 
+    def left(self, x_t: Tensor, t: Level, eps: Tensor) -> Tensor:
+        """What E[x_0 | x_t] leaves out: a draw of x_0 given x_t less that mean, by normal ``eps`` (B, *shape).
+
+        Under noise of ratio r the mean keeps v² / (v + r²) of a variance v: of thin directions next to nothing.
+        """
+        return torch.zeros_like(x_t)
+
     @abstractmethod
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Exact draws at level 0, float64 of ``shape`` (n, *event) on the schedule's device; a CPU generator."""

@@ -195,6 +195,10 @@ class GaussianMarginals(BaseDensity):
         square = self.rotation(mean - start).square()
         return 0.5 * ((deviation**2 + square) / variances - 1 + (variances / deviation**2).log()).sum(1)
 
+    def left(self, x_t: Tensor, t: Level, eps: Tensor) -> Tensor:
+        precision = self.variances.reciprocal() + self.schedule.ratio[t] ** -2
+        return self.rotation.inverse(eps.double() / precision.sqrt())
+
     def sample(self, eps: Tensor, t: int) -> Tensor:
         """A draw at level ``t`` from standard normal ``eps`` (B, *shape)."""
         mean, variances = self.moments(t)

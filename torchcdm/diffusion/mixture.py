@@ -105,6 +105,10 @@ class MixtureMarginals(BaseDensity):
         eps = torch.einsum("bk,kbd->bd", shares, eps)
         return self.schedule.log_prob_change(z, t, eps, (shares * energy.T).sum(1))
 
+    def left(self, x_t: Tensor, t: Level, eps: Tensor) -> Tensor:
+        own = self._shares(self.rotation(x_t.double()), t).argmax(1)  # what components differ by is left out
+        return self.rotation.inverse(self.parts.left(x_t, t, eps)[own, torch.arange(len(own))])
+
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         chosen = torch.multinomial(self.log_weights.cpu().exp(), shape[0], True, generator=generator)
         noise = normal(shape, generator, self.log_weights.device)
