@@ -45,10 +45,8 @@ class BaseDensity(Float64Module, ABC):
         return eps if self.gaussian is None else self.gaussian.sample(eps, self.schedule.T)
 
     def left(self, x_t: Tensor, t: Level, eps: Tensor) -> Tensor:
-        """What E[x_0 | x_t] leaves out: a draw of x_0 given x_t less that mean, by normal ``eps`` (B, *shape).
-
-        Under noise of ratio r the mean keeps v² / (v + r²) of a variance v: of thin directions next to nothing.
-        """
+        """What E[x_0 | x_t] leaves out along thin directions: a draw of x_0 given x_t less that mean, (B, *shape), by
+        standard normal ``eps``. Under noise of ratio r the mean keeps v² / (v + r²) of a variance v."""
         return torch.zeros_like(x_t)
 
     @abstractmethod
