@@ -89,13 +89,31 @@ def test_mistakes_are_told_before_the_training(capsys, monkeypatch, tmp_path, fi
     assert "few.csv: too few samples, 12; at least 20" in refuse(capsys, few, denominator, query)
     holes = tmp_path / "holes.csv"
     holes.write_text(numerator.read_text() + "1.0,x\n")
-    assert "holes.csv" in (error := refuse(capsys, holes, denominator, query)) and "line 152" in error
+    for sides in ((holes, denominator), (denominator, holes)):
+        assert "holes.csv: column 'mass', line 152 holds 'x'" in refuse(capsys, *sides, query), "not of both tables"
     assert "line 152 holds 'x'" in refuse(capsys, numerator, denominator, holes)
     assert "missing.csv" in refuse(capsys, tmp_path / "missing.csv", denominator, query)
     assert "missing.csv" in refuse(capsys, numerator, denominator, tmp_path / "missing.csv")
     assert "discrete is 'drop'" in refuse(capsys, *files, "--discrete", "drop")
     assert "--clip is 2.0; it must be at most 1" in refuse(capsys, *files, "--clip", "2")
     assert "steps is 0" in refuse(capsys, *files, "--steps", "0")
+
+
+def test_rows_that_cannot_be_read_are_left_out_of_both_sides(capsys, tmp_path, files):
+    numerator, denominator, query = files
+    holes, gaps = tmp_path / "holes.csv", tmp_path / "gaps.csv"
+    holes.write_text("height,mass\n1.0,x\n9.0,0.0\n" + numerator.read_text().partition("\n")[2])
+    gaps.write_text(denominator.read_text() + "inf,1.0\nx,?\n")
+    out = run(capsys, holes, gaps, query, "--skip-bad", "--test", "--json", tmp_path / "w.json")
+    assert "151 rows over 200 rows." in out and "test on 151 and 200 samples" in out
+    assert "holes.csv: 1 row(s) with cells that cannot be read" in out and "gaps.csv: 2 row(s)" in out
+    found = json.loads((tmp_path / "w.json").read_text())
+    assert found["counts"] == {"numerator": 151, "denominator": 200}
+    new = np.loadtxt(numerator, delimiter=",", skiprows=1)
+    tall = [new[int(row) - 2, 0] > 1 for row, _ in found["test"]["numerator_rows"] if int(row) > 1]
+    assert len(tall) > 5 and all(tall), "places in the table, those left out among them"
+    holes.write_text("height,mass\n" + "1.0,x\n2.0,y\n" * 2 + "\n".join(numerator.read_text().split("\n")[1:20]))
+    assert "holes.csv: too few samples, 19; at least 20" in refuse(capsys, holes, gaps, query, "--skip-bad")
 
 
 def test_the_test_of_two_samples_names_the_column(capsys, tmp_path, files):

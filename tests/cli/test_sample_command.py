@@ -81,7 +81,7 @@ def test_the_class_that_a_joint_model_drew_is_a_column_of_the_table_again(capsys
     assert "single" in succeed(capsys, *words), "a label that is not used may be missing"
     assert "has no label" in refuse(capsys, *words, "--conditional")
     (tmp_path / "new.csv").write_text("path,self\n0.5,low\nfive,low\n0.1,low\n")
-    assert "leave out their rows or columns (as a command: --skip-bad" in refuse(capsys, *words)
+    assert "leave out their rows or columns (--skip-bad" in refuse(capsys, *words)
     assert json.loads(succeed(capsys, *words, "--skip-bad", "--json", "-"))["data"]["count"] == 2
 
 

@@ -111,7 +111,7 @@ def test_both_sides_and_a_query_are_read_alike():
     denominator = pd.DataFrame({"day": [f"{d:02d}/{m:02d}/2024" for m in range(1, 13) for d in range(1, 29)]})
     numerator = pd.DataFrame({"day": [f"{d:02d}/06/2024" for d in range(1, 13)] * 10})
     denominator["price"], numerator["price"] = ["1,234", "950", "1,500.5"] * 112, ["1,234", "1,010"] * 60
-    values, table, _, notes = read_pair(numerator, denominator, DataOptions())
+    values, table, _, notes, _ = read_pair(numerator, denominator, DataOptions())
     days, prices = (values[1] + torch.tensor([column.offset for column in table.columns])).T
     assert days.unique().tolist() == [19875.0 + k for k in range(12)] and prices.unique().tolist() == [1010, 1234]
     assert "reads '1,234' as 1234" in " ".join(notes)

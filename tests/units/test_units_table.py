@@ -209,10 +209,16 @@ def test_cells_that_training_never_had():
         table.encode(new, "t.csv")
     assert "\n" not in str(caught.value)
     assert table.encode(new, skip_bad=True).rows.tolist() == [0, 2]
-    with pytest.raises(UserError, match=r"or leave out their rows or columns \(as a command: --skip-bad, --drop\)"):
+    with pytest.raises(UserError, match=r"or leave out their rows or columns \(--skip-bad, --drop where"):
         table.encode(new)
     with pytest.raises(UserError, match="no column 'power', 'day'"):
         table.encode(new.drop(columns=["power", "day"]))
+
+
+def test_a_column_that_cannot_be_learned_is_not_left_out_without_a_word():
+    huge = pd.DataFrame({"a": [1e200, 2e200, 3e200], "b": [1.0, 2.0, 4.0]})
+    table, notes = TableEncoding.fit(huge, skip_bad=True)
+    assert table.names == ("b",) and any("'a' has values too large" in note and "left out" in note for note in notes)
 
 
 def test_frames_of_polars_are_read_as_those_of_pandas():

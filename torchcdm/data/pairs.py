@@ -62,7 +62,7 @@ def pair_up(
     options = options or DataOptions()
     if options.validation_fraction == 0:
         raise UserError("validation_fraction is 0; it must be above 0 and below 1")
-    values, table, transform, notes = read_pair(numerator, denominator, options, discrete)
+    values, table, transform, notes, _ = read_pair(numerator, denominator, options, discrete)
     if table is not None and not options.dequantize:
         raise UserError("data.dequantize is of images; discrete='error' refuses columns that would be dequantised")
     counts, warp = (len(values[0]), len(values[1])), None
@@ -89,15 +89,14 @@ def pair_up(
 
 def read_pair(
     numerator: Any, denominator: Any, options: DataOptions, discrete: Discrete = "dequantize"
-) -> tuple[list[Tensor], TableEncoding | None, DataTransform | None, list[str]]:
-    """Samples of denominator and numerator, what encodes a table, the transform of grey levels, and notes."""
+) -> tuple[list[Tensor], TableEncoding | None, DataTransform | None, list[str], list[Tensor]]:
+    """Samples of denominator and numerator, what encodes a table, the transform of grey levels, notes, and the places
+    of the samples in the data, from 0."""
     given = [read_side(data, name, options) for data, name in ((denominator, SOURCES[0]), (numerator, SOURCES[1]))]
     sides, grids = [side for side, _ in given], [grid for _, grid in given if grid is not None]
     counts = (len(sides[0]), len(sides[1]))
     names = [noted(side, "name", name) for side, name in zip(sides, SOURCES, strict=True)]
-    for name, count in zip(names, counts, strict=True):
-        if count < MIN_ROWS:
-            raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
+    _check_counts(names, counts)
     words = ["images" if isinstance(side, Tensor) else "rows of numbers" for side in sides]
     if words[0] != words[1]:
         raise UserError(f"the denominator holds {words[0]}, the numerator {words[1]}; a ratio needs two of a kind")
@@ -117,11 +116,12 @@ def read_pair(
             low, high = min(low for low, _ in grids), max(high for _, high in grids)
             transform = DataTransform.images(shapes[0], high - low + 1, options.dequantize, low)
         values, notes = [side.float() for side in sides], [f"{counts[1]} images over {counts[0]} images."]
+        rows = [torch.arange(count) for count in counts]
     else:
         if options.size is not None or options.channels is not None:
             raise UserError("size and channels are for images; numerator and denominator hold rows of numbers")
-        values, table, notes = _coded(sides, names, discrete)
-    return values, table, transform, notes
+        values, rows, table, notes = _coded(sides, names, discrete, options.skip_bad)
+    return values, table, transform, notes, rows
 
 
 def read_query(x: Any, transform: DataTransform, warp: ColumnTransform | None, options: DataOptions) -> Inputs:
@@ -177,11 +177,17 @@ def read_side(
     return frame if like is None else by_place(frame, [column.name for column in like.columns], name), None
 
 
+def _check_counts(names: Sequence[str], counts: Sequence[int]) -> None:
+    """UserError for too few samples of a side."""
+    for name, count in zip(names, counts, strict=True):
+        if count < MIN_ROWS:
+            raise UserError(f"{name}: too few samples, {count}; at least {MIN_ROWS} are needed")
+
+
 def _coded(
-    frames: list[DataFrame], names: list[str], discrete: Discrete
-) -> tuple[list[Tensor], TableEncoding, list[str]]:
-    """Codes of both tables, float64, their encoding, and notes."""
-    notes = [f"{len(frames[1])} rows over {len(frames[0])} rows."]
+    frames: list[DataFrame], names: list[str], discrete: Discrete, skip_bad: bool
+) -> tuple[list[Tensor], list[Tensor], TableEncoding, list[str]]:
+    """Codes of both tables, float64, the rows of each that they are, their encoding, and notes."""
     if set(frames[0].columns) != set(frames[1].columns):
         k = int(unnamed(frames[1].columns))
         if unnamed(frames[k].columns):
@@ -191,19 +197,33 @@ def _coded(
         missing = [column for column in frames[one].columns if column not in frames[other].columns]
         if missing:
             raise UserError(f"{names[other]}: no column '{missing[0]}', which {names[one]} has; give both the same")
-    notes += dict.fromkeys(note for frame in frames[::-1] for note in noted(frame, "notes"))
+    notes = list(dict.fromkeys(note for frame in frames[::-1] for note in noted(frame, "notes")))
     notes.append(f"{len(frames[0].columns)} columns: {', '.join(frames[0].columns)}.")
-    table, more = TableEncoding.fit(tables.joined(frames), " / ".join(names[::-1]))
+    whole, both = tables.joined(frames), " / ".join(names[::-1])
+    try:
+        table, more = TableEncoding.fit(whole, both, skip_bad)
+    except UserError:
+        table, _ = TableEncoding.fit(whole, both, skip_bad=True)
+        for frame, name in zip(frames, names, strict=True):
+            table.encode(frame, name)  # tells which of the two holds what cannot be read
+        raise
     few = [column.name for column in table.kept if column.values and not column.mixed]
     if few and discrete == "error":
         mend = "leave them out, or set discrete='dequantize', which adds uniform noise between their values"
         raise UserError(f"few distinct values in the columns {', '.join(few)}: {mend}")
-    codes = [table.encode(frame, PAIR).x for frame in frames]
+    encoded = [table.encode(frame, name, skip_bad) for frame, name in zip(frames, names, strict=True)]
+    codes, rows = [one.x for one in encoded], [one.rows for one in encoded]
+    counts = list(map(len, rows))
+    _check_counts(names, counts)
+    notes.insert(0, f"{counts[1]} rows over {counts[0]} rows.")
+    for frame, name, count in zip(frames[::-1], names[::-1], counts[::-1], strict=True):
+        if bad := len(frame) - count:
+            more.append(f"{name}: {bad} row(s) with cells that cannot be read are left out.")
     for column, *sides in zip(table.kept, *(x.T.numpy() for x in codes), strict=True):
         # Ids that begin anew on each side are not all different, and yet tell the sides apart.
         if column.kind == "number" and all(map(may_be_id, sides)) and not may_be_id(np.concatenate(sides)):
             more.append(f"column '{column.name}' {ID}.")
-    return codes, table, [*notes, *more]
+    return codes, rows, table, [*notes, *more]
 
 
 def _warped(

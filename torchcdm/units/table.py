@@ -172,8 +172,9 @@ class TableEncoding:
         """The encoding of a table, and what is to be said of its columns.
 
         Cells of text are read as numbers, booleans, dates or categories; with ``skip_bad`` rows with cells that cannot
-        be read do not count. Numbers that come back get ``cells``, unless nobody asks for their density. UserError for
-        all cells that cannot be read, in one line, or nothing that varies.
+        be read do not count, and columns of such cells are left out. Numbers that come back get ``cells``, unless
+        nobody asks for their density. UserError for all cells that cannot be read, in one line, or if nothing
+        varies.
         """
         columns, notes, problems = [], [], []
         for label in frame.columns:
@@ -186,6 +187,7 @@ class TableEncoding:
             columns += [column] if column else []
         if not (columns or problems):
             raise UserError(f"{name}: no column is left to learn from; {' '.join(notes[:SHOWN]) or 'give some'}")
+        notes += [f"{problem}: left out." for problem in problems] if skip_bad else []
         result = cls(tuple(columns), numbered=noted(frame, "numbered", False))
         frame = frame.copy(deep=False)
         note_down(frame, problems=[*noted(frame, "problems"), *problems])
@@ -248,7 +250,7 @@ class TableEncoding:
                 codes.append(code)
         if problems and not skip_bad:
             rest = f" ({len(problems)} problems in all)" if len(problems) > SHOWN else ""
-            mend = "mend the cells, or leave out their rows or columns (as a command: --skip-bad, --drop)"
+            mend = "mend the cells, or leave out their rows or columns (--skip-bad, --drop where a command has them)"
             raise UserError(f"{name}: {'; '.join(problems[:SHOWN])}{rest}; {mend}")
         rows = np.flatnonzero(~out)
         x = np.stack(codes, 1)[rows] if codes else np.empty((len(rows), 0))

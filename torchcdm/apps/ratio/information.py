@@ -222,13 +222,14 @@ def two_sample_test(
         denominator: At least 20 samples of q. Of more than 10 000 a random part is tested.
         permutations: Random permutations, at least 19, which tell p-values of 0.05.
         random_state: Seed of permutations and features.
-        options: ``size``, ``channels`` and ``skip_bad`` of files of images.
+        options: ``size`` and ``channels`` of files of images, and ``skip_bad``.
     """
-    values, table, *_ = read_pair(numerator, denominator, options or DataOptions())
+    values, table, _, _, rows = read_pair(numerator, denominator, options or DataOptions())
     most = max(LANDMARKS, min(ROWS, NUMBERS // values[0][0].numel()))
     draw = np.random.RandomState(random_state % 2**32)
     places = [np.sort(draw.permutation(len(side))[:most]) for side in values[::-1]]
     x = torch.cat([side[place] for side, place in zip(values[::-1], places, strict=True)])
+    places = [side[place].tolist() for side, place in zip(rows[::-1], places, strict=True)]
     ranks = (rankdata(x.flatten(1).numpy(), axis=0) - 0.5) / len(x)
     order, counts = draw.permutation(len(x)), [len(place) for place in places]
     own = np.repeat([1 / counts[0], -1 / counts[1]], counts)
