@@ -258,6 +258,20 @@ def test_what_lies_outside_both_sources_is_flagged(ratio):
     assert apart.log_ratio(both[0]).min() > 20 and apart.log_ratio(both[1]).max() < -20
 
 
+@pytest.mark.parametrize("shape", [(64,), (1, 8, 8)])
+def test_new_samples_lie_inside_where_those_of_the_fit_were_few(shape):
+    """Training samples are more probable than new ones under densities that were fitted to them: of images every third
+    new one was flagged."""
+    draw = np.random.RandomState(1)
+
+    def drawn(mean, count, deviation=40):
+        return draw.normal(mean, deviation, (count, *shape)).round().clip(0, 255).astype(np.uint8)
+
+    few = DensityRatio(0, **CPU).fit(drawn(150, 40), drawn(100, 40))
+    assert max(few.outside_support(drawn(mean, 300)).mean() for mean in (150, 100)) <= 0.03
+    assert few.outside_support(np.concatenate([drawn(255, 40, 1), drawn(100, 40, 400)])).mean() > 0.95
+
+
 def test_few_samples_of_many_columns_give_weights_that_are_not_extreme():
     draw = np.random.RandomState(0)
     numerator, denominator = (draw.standard_t(3, size=(n, 12)) for n in (60, 200))

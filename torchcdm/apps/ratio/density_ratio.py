@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -180,7 +180,8 @@ class DensityRatio:
         config = replace(config, train=replace(config.train, steps=steps, max_seconds=left))
         # Where the network is not asked for, its one step is worth neither a bar nor advice.
         self._model = require_density(trained(config, source, self.device, self.progress and network), "a ratio")
-        estimates = [self._estimates(part) for part in held_out]
+        log_probs = [self._log_probs(part) for part in held_out]
+        estimates = [self._estimates(*side) for side in zip(held_out, log_probs, strict=True)]
         names = [name for name in estimates[0] if network or name != "network"]
         weights = blend(*(np.stack([side[name] for name in names], 1) for side in estimates))
         self.blend = dict(zip((*names, "offset"), weights, strict=True))
@@ -191,7 +192,7 @@ class DensityRatio:
             self._classifiers = None
         if not self.blend.get("network") and pair.warp is not None:
             self._fit_gaussians_again(pair)
-        self._measure_limits(pair, map(self._blended, estimates))
+        self._measure_limits(pair, log_probs, map(self._blended, estimates))
         numerator, denominator = map(self._blended, estimates)
         self._held_out = numerator.tolist(), denominator.tolist()
         self.held_out = Calibration.of(numerator, denominator)
@@ -209,15 +210,21 @@ class DensityRatio:
         z = model.transform(self._coordinates(x[order]).to(device))
         model.base = fit_class_gaussians(z, y[order].to(device), model.schedule).to(device)
 
-    def _measure_limits(self, pair: Pair, held_out: Iterable[np.ndarray]) -> None:
+    def _measure_limits(self, pair: Pair, log_probs: Sequence[np.ndarray], held_out: Iterable[np.ndarray]) -> None:
         """Least log densities inside the support: (2, 2), of models and of Gaussians, of denominator and numerator.
 
-        And least and largest log ratio by training samples and those ``held_out``, of numerator and denominator.
+        And least and largest log ratio by training samples and those ``held_out``, of numerator and denominator. The
+        ``log_probs`` of these, (N, 2, 2) each, are by what was not fitted to them: where samples are few for their
+        dimension, new ones are less probable than those that were fitted.
         """
         x, y = _once(pair, "train", LIMIT_ROWS // 2)
         values, of = self._log_probs(x), [(y == label).numpy() for label in (0, 1)]
-        found = [np.quantile(values[rows, :, label], [RARE, 0.5], axis=0) for label, rows in enumerate(of)]
-        self._limits = np.stack([2 * rare - median for rare, median in found], 1)
+        limits = []
+        kinds = slice(None) if self.blend.get("network") else [0, 0]  # as _log_probs has them now
+        for label, parts in enumerate(zip((values[rows] for rows in of), log_probs[::-1], strict=True)):
+            found = [np.quantile(part[:, kinds, label], [RARE, 0.5], axis=0) for part in parts]
+            limits.append(np.min([2 * rare - median for rare, median in found], axis=0))
+        self._limits = np.stack(limits, 1)
         log_ratio = self._blended(self._estimates(x, values))
         up, down = (np.append(log_ratio[rows], side) for rows, side in zip(of[::-1], held_out, strict=True))
         for name, limit in (("most", most(up, down)), ("least", -most(-down, -up))):
