@@ -39,8 +39,8 @@ def blended(*estimates, **options):
 
 def test_the_best_estimate_gets_the_weight_and_one_that_is_too_certain_is_scaled():
     right, draw = [exact(x) for x in samples(1000, seed=7)], np.random.RandomState(0)
-    assert blended(right) == pytest.approx([1.0, 0.0], abs=0.05) and blended(right, proven=True) == [1.0, 0.0]
-    scale, offset = blended([3 * side + 1 for side in right], proven=True)
+    assert blended(right) == pytest.approx([1.0, 0.0], abs=0.05) and blended(right, errors=2.0) == [1.0, 0.0]
+    scale, offset = blended([3 * side + 1 for side in right], errors=2.0)
     assert scale == pytest.approx(1 / 3, abs=0.05) and offset == pytest.approx(-scale, abs=0.1), "without a prior"
     assert blended([3 * side for side in right]) == pytest.approx([1 / 3, 0.0], abs=0.05)
     assert -0.9 < blended([side + 1 for side in right])[1] < -0.1, "an offset is unlikely, and hardly believed"
@@ -86,7 +86,7 @@ def test_a_gain_that_few_samples_cannot_prove_is_taken():
         held_out = mixed(750, 0.1), mixed(750, 0)
         both = [[of(side) for side in held_out] for of in (of_gaussians, right)]
         weights.append(blended(*both)[1])
-        stays += blended(*both, proven=True) == [1.0, 0.0, 0.0]
+        stays += blended(*both, errors=2.0) == [1.0, 0.0, 0.0]
     assert stays > 0, "a test of significance keeps the Gaussians at times"
     assert np.mean(weights) > 0.5 and min(weights) > 0.1
 

@@ -16,6 +16,7 @@ from torchcdm.apps.ratio.dependence import (
     estimates,
     normal_scores,
     products,
+    shrunk,
     significant,
     strangers,
     towers,
@@ -42,6 +43,18 @@ def test_correlations_are_those_of_rows_that_were_not_seen():
     assert canonical(x[:40], y[:40], np.arange(30)).correlations.size == 0, "fewer rows than they need"
     wide = np.empty((40_000, 1100), np.float32)
     assert canonical(wide, wide, np.arange(40_000)).correlations.size == 0, "at no time"
+
+
+def test_shrunk_correlations_are_for_few_rows():
+    """Of 20 columns and 60 rows: what the pairs of columns have in common, and none by chance."""
+    own, values = np.arange(60, 4000), []
+    for seed in range(6):
+        draw = np.random.RandomState(seed)
+        x, noise = draw.normal(size=(2, 4000, 20))
+        found = [shrunk(x, y, np.arange(60)).gaussians(np.arange(60)) for y in (noise, 0.6 * x + 0.8 * noise)]
+        values.append([log_ratio(own, own).mean() for log_ratio in found])
+    nothing, half = np.abs(values).mean(0)
+    assert nothing < 0.02 and 0.8 < half < 20 * -0.5 * math.log(1 - 0.36)
 
 
 def spiral(x, first, second):

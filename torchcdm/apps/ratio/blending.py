@@ -8,12 +8,11 @@ from torchcdm.apps.ratio.checks import SEPARATE, donsker_varadhan
 
 # How far each weight, their sum, and an offset in nats are expected to lie from those of the first estimate alone.
 WEIGHT, SUM, OFFSET = 0.5, 0.1, 0.05
-ERRORS = 2.0  # standard errors by which a blend that has to be proven gains on its first estimate alone
 # Chance of so many samples in a tail under which the log ratio is too large there, and above which it can stay.
 UNLIKELY, EASILY = 0.01, 0.2
 
 
-def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) -> list[float]:
+def blend(numerator: np.ndarray, denominator: np.ndarray, errors: float | None = None) -> list[float]:
     """Weights of C estimates of a log ratio and an offset in nats, C + 1 numbers, from held-out samples.
 
     The weights are those of a logistic regression of the source on the estimates (stacking, Wolpert 1992; of one
@@ -22,8 +21,8 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) 
     sources hardly overlap that estimate stays unless the bounds of Donsker and Varadhan on KL(p, q) and KL(q, p) rise
     as well: a classifier that tells the sources apart with certainty learns nothing from a log ratio of 5 or of 10.
 
-    Of the estimates at samples of the numerator, (N, C), and of the denominator, (M, C). To be ``proven``, the blend
-    has to gain ``ERRORS`` on the first estimate, in the place of the prior.
+    Of the estimates at samples of the numerator, (N, C), and of the denominator, (M, C). Given standard ``errors``,
+    the blend has to gain so many on the first estimate, in the place of the prior.
     """
     count = numerator.shape[1]
     plain = np.eye(count + 1)[0]
@@ -35,7 +34,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) 
     precision = np.diag([WEIGHT**-2] * count + [OFFSET**-2])
     precision[:count, :count] += SUM**-2
     # Over the effective number of samples, as losses are means.
-    precision *= 0.0 if proven else np.square(share).sum()
+    precision *= np.square(share).sum() if errors is None else 0.0
 
     def losses(weights: np.ndarray) -> np.ndarray:
         return np.logaddexp(0, -sign * (rows @ weights))
@@ -55,7 +54,7 @@ def blend(numerator: np.ndarray, denominator: np.ndarray, proven: bool = False) 
     found = minimize(loss, plain, jac=True, method="SLSQP", bounds=bounds, constraints=at_most_one).x.round(3)
     gains = losses(plain) - losses(found)
     gain = float(share @ gains)
-    better = gain > (ERRORS if proven else 0.0) * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
+    better = gain > (errors or 0.0) * float(np.sqrt(np.square(share) @ np.square(gains - gain)))
     if better and (loss(plain)[0] > SEPARATE or divergence(found) >= divergence(plain)):
         return found.tolist()
     return plain.tolist()

@@ -26,6 +26,7 @@ RANK = 16  # products in their log ratio
 CHECKED = 1000  # rows of a fold on which a step is judged: the loss is of all pairs among them
 STRANGERS = 2  # strangers of each row that estimates are compared on
 
+ROWS_EACH = 4  # rows for each feature below which they are few
 VARIATES = 8  # bent variates of a side, at most
 FARTHEST = 4.0  # deviations beyond which a row counts as lying there
 WIDEST = 2000  # features of both sides beyond which there are no variates: their time grows with the cube
@@ -74,10 +75,10 @@ def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None =
     """At most so many canonical variates (Hotelling 1936) of features (N, a) and (N, b), from the rows ``seen``.
 
     A squared correlation of ``seen`` rows is too large by (1 - square)(a + b) / rows, on others too small by as much:
-    what remains is kept. None where rows are fewer than four for each feature.
+    what remains is kept. None where rows are fewer than ``ROWS_EACH`` for each feature.
     """
     rows, white = len(seen), []
-    if x.shape[1] + y.shape[1] > min(rows / 4, WIDEST):
+    if x.shape[1] + y.shape[1] > min(rows / ROWS_EACH, WIDEST):
         return Canonical(x[:, :0], y[:, :0], np.zeros(0))
     for side in (x, y):
         values, vectors = np.linalg.eigh(np.cov(side[seen].T).reshape(side.shape[1], -1))
@@ -89,6 +90,26 @@ def canonical(x: np.ndarray, y: np.ndarray, seen: np.ndarray, most: int | None =
     kept = np.flatnonzero(square)[:most]
     turned = white[0] @ left[:, kept], white[1] @ right.T[:, kept]
     return Canonical(*(np.clip(side, -FARTHEST, FARTHEST) for side in turned), square[kept] ** 0.5)
+
+
+def shrunk(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> Canonical:
+    """Canonical variates of columns (N, a) and (N, b) where the ``seen`` rows are few for them.
+
+    By covariances shrunk towards a multiple of the identity (Ledoit and Wolf 2004). All correlations are less by one
+    factor (James and Stein 1961), the share of their squares that is beyond chance, which has to be significant.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    white = []
+    for side in (x, y):
+        values, vectors = np.linalg.eigh(ledoit_wolf(side[seen])[0])
+        white.append((side - side[seen].mean(0)) @ (vectors / values**0.5))
+    left, found, right = np.linalg.svd(white[0][seen].T @ white[1][seen] / len(seen), full_matrices=False)
+    chance = np.prod([np.square(side[seen]).sum() for side in white]) / len(seen) ** 3
+    proven = np.square(found).sum() > chance * (1 + SIGNIFICANT[0] * (2 / left.shape[0] / right.shape[1]) ** 0.5)
+    share = 1 - chance / np.square(found).sum() if proven else 0.0
+    turned = white[0] @ left, white[1] @ right.T
+    return Canonical(*(np.clip(side, -FARTHEST, FARTHEST) for side in turned), (share * found).clip(0, 1 - 1e-6))
 
 
 def normal_scores(x: np.ndarray) -> np.ndarray:
@@ -215,7 +236,8 @@ def estimates(
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
     seen = [np.flatnonzero(fold != k) for k in range(MEMBERS)]
-    straight = [canonical(*scores, rows) for rows in seen]
+    few = x.shape[1] + y.shape[1] > len(seen[0]) / ROWS_EACH
+    straight = [(shrunk if few else canonical)(*scores, rows) for rows in seen]
     bent = [min((turned(*sides, rows) for sides in features), key=lambda one: one.losses(rows).min()) for rows in seen]
     # A tower reads its side's columns and the variates of its member, padded to one length.
     most, inputs = max(one.correlations.size for one in bent), []

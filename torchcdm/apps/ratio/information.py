@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,8 @@ KINDS = ("kl", "reverse_kl", "js", "chi2")
 
 # Below these a divergence is not to be trusted.
 FEW = 30  # effective samples of the weights p/q
+ERRORS = 2.0  # standard errors by which mutual information has to be told from its first estimate, and from none
+ROWS_EACH = 10  # rows for each column of mutual information
 COVERED = 0.9  # share of the numerator with a log ratio that the denominator reaches too
 
 # Of the two-sample test.
@@ -47,7 +49,8 @@ class Estimate:
 
     Attributes:
         value: The estimate; ``float(estimate)`` is this.
-        se: Standard error over the held-out samples. It does not know of errors in the ratio itself.
+        se: Standard error over the held-out samples. It does not know of errors in the ratio itself. That of mutual
+            information is at least 4 over the number of rows.
         bound: Donsker and Varadhan's value by the same ratio, of the KL divergences: a lower bound but for its noise,
             which is large above 5 nats. It differs from the value where the ratio is not normalised. None for others.
         effective_sample_size: Of the weights p/q on the denominator's held-out samples.
@@ -153,9 +156,21 @@ def mutual_information(
     device = chosen_device(device or "cpu")
     kinds = [kind[kept] for kind in kinds] if met else ()
     found = estimates(*left, steps, random_state, until, device, progress, kinds)
+    def blended(errors: float) -> Estimate:
+        weights = np.array(blend(*found, errors))
+        return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
+
     # The first estimate of independent sides is 0, a sum of several hardly ever.
-    weights = np.array(blend(*found, proven=True))
-    return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
+    result, columns = blended(ERRORS), sum(side.shape[1] for side in left)
+    # Which has no error: that of the sum tells what it could not prove. And a log ratio of a mean of I nats has a
+    # variance of 2 I, if it is small: up to 2 ERRORS² / rows it is not told from none.
+    se, notes = max(result.se or blended(0.0).se, ERRORS**2 / len(kept)), list(result.notes)
+    if result.value <= ERRORS * se:
+        notes.append(f"unproven: no dependence shows; {len(kept)} rows of {columns} columns cannot show a small one")
+    if columns > len(kept) / ROWS_EACH:
+        mend = "a part of the dependence does not show; give more rows, or fewer columns"
+        notes.append(f"rows: {len(kept)} are few for {columns} columns: {mend}")
+    return replace(result, se=se, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
