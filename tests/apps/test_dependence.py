@@ -15,6 +15,7 @@ from torchcdm.apps.ratio.dependence import (
     canonical,
     estimates,
     normal_scores,
+    of_kinds,
     products,
     shrunk,
     significant,
@@ -55,6 +56,21 @@ def test_shrunk_correlations_are_for_few_rows():
         values.append([log_ratio(own, own).mean() for log_ratio in found])
     nothing, half = np.abs(values).mean(0)
     assert nothing < 0.02 and 0.8 < half < 20 * -0.5 * math.log(1 - 0.36)
+
+
+def test_gaussians_of_kinds_are_the_true_ratio_whatever_the_view():
+    """Of normals with other means and deviations; Cauchy's tails are for the view of ranks, a rare kind for none."""
+    draw = np.random.RandomState(0)
+    kinds, means, deviations = draw.randint(0, 3, 6000), np.array([1.0, -1.0, 0.0]), np.array([1.0, 0.5, 2.0])
+    z = (means[kinds] + deviations[kinds] * draw.normal(size=6000))[:, None]
+    densities = norm.pdf(z, means, deviations)
+    truth = np.log(densities[np.arange(6000), kinds] / densities.mean(1))
+    seen, own = np.arange(3000), np.arange(3000, 6000)
+    found = of_kinds(kinds, (z, normal_scores(z)), seen)(own, own)
+    assert abs((found - truth[own]).mean()) < 0.01 and (found - truth[own]).std() < 0.1
+    cauchy, kinds = draw.standard_cauchy((6000, 1)) + 2.0 * (kinds[:, None] == 1), np.append(3, kinds[1:])
+    found = of_kinds(kinds, (cauchy, normal_scores(cauchy)), seen)(own, own)
+    assert found.mean() > 0.05 and np.isfinite(of_kinds(kinds, (z, z), seen)(own, np.full(3000, 0))).all()
 
 
 def spiral(x, first, second):

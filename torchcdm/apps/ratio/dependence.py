@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.special import ndtri
+from scipy.special import logsumexp, ndtri
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -222,6 +222,31 @@ def frequencies(x: np.ndarray, y: np.ndarray, seen: np.ndarray) -> LogRatio:
     return lambda rows, partners: log_ratio[x[rows], y[partners]]
 
 
+def of_kinds(kinds: np.ndarray, views: Sequence[np.ndarray], seen: np.ndarray) -> LogRatio:
+    """log p(z | kind) / p(z) of ``kinds`` of rows, (N,), and partners z, by a Gaussian for each kind.
+
+    Of several views of the rows, (N, b) each, the one that tells the kinds of ``seen`` rows best. Means count one row
+    of the whole more, covariances as many of what all kinds share as a covariance needs.
+    """
+    from sklearn.covariance import ledoit_wolf
+
+    own, found = kinds[seen], []
+    counts, more = np.bincount(own, minlength=kinds.max() + 1), views[0].shape[1] + 2
+    for view in views:
+        z = (view - view[seen].mean(0)) / view[seen].std(0).clip(1e-150)
+        means = np.stack([z[seen][own == k].sum(0) / (count + 1) for k, count in enumerate(counts)])
+        apart = z[seen] - means[own]
+        shared, log_probs = ledoit_wolf(apart)[0] + 1e-6 * np.eye(more - 2), np.log(counts + PSEUDO)
+        given = np.empty((len(z), len(counts)))
+        for k, count in enumerate(counts):
+            root = np.linalg.cholesky((apart[own == k].T @ apart[own == k] + more * shared) / (count + more))
+            square = np.square(np.linalg.solve(root, (z - means[k]).T)).sum(0)
+            given[:, k] = -0.5 * square - np.log(np.diag(root)).sum()
+        found.append(given - logsumexp(given + log_probs - logsumexp(log_probs), axis=1, keepdims=True))
+    best = max(found, key=lambda log_ratios: log_ratios[seen, own].mean())
+    return lambda rows, partners: best[partners, kinds[rows]]
+
+
 def estimates(
     x: np.ndarray, y: np.ndarray, steps: int, seed: int, until: float = np.inf, device: str | torch.device = "cpu",
     progress: bool = False, kinds: Sequence[np.ndarray] = (),
@@ -229,9 +254,9 @@ def estimates(
     """Log ratios by Gaussians, by Gaussians of bent variates, by networks and by trees: at pairs, and at strangers.
 
     Of two sides, (N, a) and (N, b), row by row, no column constant. Gives (N, 4) and (2 N, 4), in the order of the
-    folds; given the ``kinds`` of their rows, whole numbers (N,) each, :func:`frequencies` are a fifth column. Training
-    has at most so many ``steps`` and ends at the second ``until`` of ``time.monotonic``; the ``device`` is that of the
-    networks; ``progress`` shows a bar.
+    folds; given the ``kinds`` of rows of both sides, whole numbers (N,) each, :func:`frequencies` are a fifth column,
+    and given those of x alone Gaussians :func:`of_kinds`. Training has at most so many ``steps`` and ends at the
+    second ``until`` of ``time.monotonic``; the ``device`` is that of the networks; ``progress`` shows a bar.
     """
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
@@ -252,7 +277,10 @@ def estimates(
         own = np.flatnonzero(fold == k)
         by_trees = trees(*scores, bent[k], rows, derive(seed, "trees", k), until)
         found = [straight[k].gaussians(rows), bent[k].gaussians(rows), networks[k], by_trees]
-        found += [frequencies(*kinds, rows)] if kinds else []
+        if len(kinds) == 2:
+            found.append(frequencies(*kinds, rows))
+        elif len(kinds) == 1:
+            found.append(of_kinds(*kinds, (y, scores[1]), rows))
         at_pairs.append(np.stack([log_ratio(own, own) for log_ratio in found], 1))
         at_strangers += [np.stack([log_ratio(own, other) for log_ratio in found], 1) for other in strangers(own)]
     return np.concatenate(at_pairs), np.concatenate(at_strangers)

@@ -32,7 +32,8 @@ KINDS = ("kl", "reverse_kl", "js", "chi2")
 # Below these a divergence is not to be trusted.
 FEW = 30  # effective samples of the weights p/q
 ERRORS = 2.0  # standard errors by which mutual information has to be told from its first estimate, and from none
-ROWS_EACH = 10  # rows for each column of mutual information
+ROWS_EACH = 10  # rows for each column, or kind, of mutual information
+MOST_KINDS = 30  # that have a Gaussian each
 COVERED = 0.9  # share of the numerator with a log ratio that the denominator reaches too
 
 # Of the two-sample test.
@@ -137,7 +138,7 @@ def mutual_information(
     rows = len(sides[0])
     if len(sides[1]) != rows:
         raise UserError(f"x has {rows} rows and y {len(sides[1])}; mutual information is of pairs, row by row")
-    order, noise, codes, kinds = permutation(rows, random_state), stream(random_state, "dequantise"), [], []
+    order, noise, codes, kinds = permutation(rows, random_state), stream(random_state, "dequantise"), [], {}
     for side, name in zip(sides, ("x", "y"), strict=True):
         if isinstance(side, Tensor):
             raise UserError(f"{name}: holds images; mutual information takes rows of a table")
@@ -145,17 +146,21 @@ def mutual_information(
         code = table.encode(side, name).x[order]
         codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy())
         if len(table.cells) == len(code[0]) and not any(cells.mixed for cells in table.cells.values()):
-            kinds.append(np.unique(code.numpy(), axis=0, return_inverse=True)[1].reshape(-1))
+            kinds[name] = np.unique(code.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
     # A copy in another fold would have been seen. Repeated values of few are spread, and no copies.
     kept = np.sort(np.unique(np.hstack(codes), axis=0, return_index=True)[1])
     if len(kept) < MIN_ROWS:
         raise UserError(f"x and y: too few samples without copies, {len(kept)}; at least {MIN_ROWS} are needed")
     left = [code[kept] for code in codes]
-    # Frequencies tell more of categories than their order does, where each pair of kinds is met.
-    met = len(kinds) == 2 and np.prod([kind.max() + 1.0 for kind in kinds]) <= len(kept)
+    # Frequencies tell more of categories than their order does, where each pair of kinds is met; so do Gaussians of
+    # the numbers of the other side, one for each of a few kinds.
+    counts, most = [kind.max() + 1.0 for kind in kinds.values()], min(MOST_KINDS, len(kept) / ROWS_EACH)
+    few = np.prod(counts) <= (len(kept) if len(counts) == 2 else most)
     device = chosen_device(device or "cpu")
-    kinds = [kind[kept] for kind in kinds] if met else ()
+    left = left[::-1] if list(kinds) == ["y"] else left  # those of a side alone are of the first
+    kinds = [kind[kept] for kind in kinds.values()] if few else ()
     found = estimates(*left, steps, random_state, until, device, progress, kinds)
+
     def blended(errors: float) -> Estimate:
         weights = np.array(blend(*found, errors))
         return divergence("kl", *(side @ weights[:-1] + weights[-1] for side in found))
