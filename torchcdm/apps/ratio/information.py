@@ -144,7 +144,13 @@ def mutual_information(
             raise UserError(f"{name}: holds images; mutual information takes rows of a table")
         table, _ = TableEncoding.fit(side, name)
         code = table.encode(side, name).x[order]
-        codes.append(spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy())
+        values = spread(code, torch.rand(code.shape, generator=noise, dtype=code.dtype), table.cells).numpy()
+        # Below the least number missing cells bend the ranks. At the median they do not; a column tells of them.
+        for k, column in enumerate(table.kept):
+            if column.missing and (empty := code[:, k].numpy() == column.codes[0]).any():
+                values[empty, k] = np.median(values[~empty, k])
+                values = np.column_stack([values, empty])
+        codes.append(values)
         if len(table.cells) == len(code[0]) and not any(cells.mixed for cells in table.cells.values()):
             kinds[name] = np.unique(code.numpy(), axis=0, return_inverse=True)[1].reshape(-1)
     # A copy in another fold would have been seen. Repeated values of few are spread, and no copies.
