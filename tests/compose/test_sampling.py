@@ -324,7 +324,7 @@ def test_trajectories_are_kept_until_the_weights_or_the_classes_are_others():
 
 @pytest.mark.parametrize("deviation", [1e-3, 3e-3, 0.01])
 def test_directions_that_the_base_density_knows_to_be_thin_keep_their_width(deviation):
-    """The last level's noise has a deviation of 0.01: means of x_0 alone would keep a tenth, a third and two thirds."""
+    """The last level's noise has a deviation of 0.01: means alone would keep 10 to 70 % of these."""
     spread = deviation**2 * torch.eye(2) + torch.ones(2, 2)
     groups = torch.tensor([[0.0, 0.0], [9.0, 9.0]])
     schedule = UniformSigmaSchedule(100)
