@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from torchcdm.annealing.target import in_batches
 from torchcdm.data.inputs import check_range
-from torchcdm.diffusion.mixture import ROUGH, best_mixture, fit_gaussians, mixture_log_prob
+from torchcdm.diffusion.mixture import ROUGH, VARIANCE_FLOOR, best_mixture, fit_gaussians, mixture_log_prob
 from torchcdm.diffusion.schedules import NoiseSchedule
 from torchcdm.errors import UserError
 from torchcdm.models.denoiser import Denoiser, working_dtype
@@ -30,6 +30,8 @@ Fitted = Mapping[str, Tensor]  # what a score learned from the reference, by nam
 
 COARSE_NOISE = 0.5  # in model units, leaves the coarse picture: data have a scale of about one
 COUNTS = (1, 2, 4, 8, 16)  # numbers of Gaussians that are tried
+# How they are fitted: profiles are smooth, and what little there is along some directions is no evidence.
+EM = {"tolerance": ROUGH, "floor": VARIANCE_FLOOR}
 HELD_OUT = 4  # one profile in so many chooses among them
 FOLDS = 5  # parts by which distances of normal data are taken
 
@@ -121,14 +123,14 @@ def best_kind(profile: Tensor) -> tuple[int, float]:
     """Number of Gaussians and their shrinkage, by the likelihood of every fourth of the profiles (N, T+2)."""
     white = _white(profile, _whitening(profile))
     held_out = torch.arange(len(white)) % HELD_OUT == HELD_OUT - 1
-    return best_mixture(white[~held_out], white[held_out], COUNTS)[:2]
+    return best_mixture(white[~held_out], white[held_out], COUNTS, **EM)[:2]
 
 
 def fit_increments(profile: Tensor, components: int, shrinkage: float) -> dict[str, Tensor]:
     """What :func:`log_distances` needs of profiles of normal data (N, T+2); as :func:`best_kind` says."""
     fitted = _whitening(profile)
     white = _white(profile, fitted)
-    weights, means, covariances = fit_gaussians(white, components, shrinkage=shrinkage, tolerance=ROUGH)
+    weights, means, covariances = fit_gaussians(white, components, shrinkage=shrinkage, **EM)
     fitted |= {"weights": weights, "means": means, "covariances": covariances}
     return fitted | {"peak": _log_density(means, fitted).max()}
 
