@@ -78,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality-curves-groups-100": partial(pictures.quality_curves, "quality_curves_groups_100"),
     "quality-curves-guided": partial(pictures.quality_curves, "quality_curves_guided"),
     "quality-curves-classes": partial(pictures.quality_curves, "quality_curves_classes"),
+    "quality-curves-classes-100": partial(pictures.quality_curves, "quality_curves_classes_100"),
     "quality-curves-colour": partial(pictures.quality_curves, "quality_curves_colour"),
     "quality-curves-colour-32": partial(pictures.quality_curves, "quality_curves_colour32"),
     "rare-events": energies.rare_events,
