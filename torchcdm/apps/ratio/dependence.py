@@ -261,8 +261,8 @@ def estimates(
     scores, fold = (normal_scores(x), normal_scores(y)), folds(len(x))
     features = [[products(side) for side in sides] for sides in ((x, y), scores)]
     seen = [np.flatnonzero(fold != k) for k in range(MEMBERS)]
-    few = x.shape[1] + y.shape[1] > len(seen[0]) / ROWS_EACH
-    straight = [(shrunk if few else canonical)(*scores, rows) for rows in seen]
+    variates_of = shrunk if x.shape[1] + y.shape[1] > len(seen[0]) / ROWS_EACH else canonical
+    straight = [variates_of(*scores, rows) for rows in seen]
     bent = [min((turned(*sides, rows) for sides in features), key=lambda one: one.losses(rows).min()) for rows in seen]
     # A tower reads its side's columns and the variates of its member, padded to one length.
     most, inputs = max(one.correlations.size for one in bent), []
