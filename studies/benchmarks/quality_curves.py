@@ -161,8 +161,9 @@ def cell(
         made = cost
         if kind == "~":
             even, shape = [*model.schedule.time_grid(steps), 0], ruler.reference.source.shape
-            placed = Curvature.of(model, shape, y).levels(steps, model.schedule, rule.weight)
-            path = placed if spacing == "adaptive" else even
+            path = even
+            if spacing == "adaptive":
+                path = Curvature.of(model, shape, y).levels(steps, model.schedule, rule.weight)
             moved = partial(taken, model, moves, seed)
             x = trajectories(model, options.samples, rule, path, shape, y, seed, moved=moved)
         else:
